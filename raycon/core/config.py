@@ -1,0 +1,406 @@
+"""RunConfig: every option of a run, one name for each everywhere (command line, sweep, wandb, config file).
+
+Plain dataclasses that tyro reads; importing this file imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """All that is wrong with a configuration, found at start-up; each problem names the option and the fix."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        lines = "\n".join(f"  - {p}" for p in problems)
+        super().__init__(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration:\n{lines}")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the data and the machine when a configuration is checked."""
+
+    rows: int
+    """N, images to train on."""
+    classes: int
+    """Number of weak labels; 0 when there are none."""
+    image: tuple[int, int, int] | None
+    """(C, H, W) when all images have one size."""
+    batch: int
+    """Global batch: images per optimiser step over all ranks."""
+    world: int
+    size: int
+    """Side of a training view in pixels."""
+    epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """What every method has. A method's file holds its own ``Options(MethodOptions)``."""
+
+    name: str = ""
+    """The method: the name of its file in raycon/methods."""
+
+    def problems(self, facts: Facts) -> list[str]:
+        """What makes these options unusable with this data: one line each, with the dotted option and the fix."""
+        return []
+
+    def warnings(self, facts: Facts) -> list[str]:
+        """Options that will have no effect or hardly what one expects."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    encoder: str = "resnet50"
+    """resnet10/18/34/50/101/152, resnext50_32x4d, ..., any torchvision classifier, or timm:NAME."""
+    width: int = 64
+    """Channels of a ResNet's first stage; 64 is the published network."""
+    stem: Literal["imagenet", "small", "small-stride2"] = "imagenet"
+    """imagenet: 7x7/2 and max-pool; small: 3x3/1 (images of 32 px or less); small-stride2: 3x3/2, half the cost."""
+    zero_init_residual: bool = False
+    """Start each residual branch at zero."""
+    weights: str = ""
+    """A file (.safetensors or .pth) with encoder weights to start from; empty: random."""
+    sync_bn: bool = False
+    """Synchronise BatchNorm statistics over ranks."""
+    channels_last: bool = True
+    """Store images channels-last: faster convolutions on CPU and GPU."""
+    compile: bool = False
+    """torch.compile the encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    name: str = "digits"
+    """The data set: the name of its reader in data_loaders/datasets."""
+    root: str = ""
+    """Where its files are; empty: the usual places."""
+    loader: Literal["auto", "ffcv", "ray", "torch"] = "auto"
+    """auto: ffcv where it is installed, else torch; the choice is printed."""
+    size: int = 224
+    """Side of a training view in pixels."""
+    views: str = "mocov2"
+    """The augmentation preset in raycon/nn/views.py; a method names its views (strong, weak, ...) in it."""
+    workers: int = 0
+    """Loader processes (torch) or threads (ffcv) per rank; 0: the loader works in the training process."""
+    cache: str = ""
+    """Where converted data (.beton) is kept; empty: .cache beside the run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    epochs: int = 200
+    batch: int = 256
+    """Images per step over all ranks."""
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    lr: float = 0.03
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """linear: lr x batch/256; sqrt: lr x sqrt(batch)."""
+    momentum: float = 0.9
+    """Of SGD and LARS."""
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay: Literal["all", "no-bias-bn"] = "all"
+    """Which parameters decay: all, or all but biases and normalisation layers (by module type)."""
+    trust: float = 0.001
+    """LARS trust coefficient."""
+    schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine"
+    """cosine: per step to 0; cosine-epoch: PCL's and MoCo's, once per epoch, never 0; step: x0.1 at milestones."""
+    milestones: tuple[int, ...] = (120, 160)
+    """Epochs at which ``step`` multiplies the learning rate by 0.1."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up from warmup_start x lr."""
+    warmup_start: float = 0.0
+    clip: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
+    accumulate: int = 1
+    """Micro-batches per step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the networks; similarities and losses stay fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningConfig:
+    shards: int = 2
+    """Index shards: Ray actors (or parts of this process without Ray)."""
+    iterations: int = 20
+    """Lloyd iterations per restart."""
+    redo: int = 5
+    """Restarts per clustering; the lowest objective is kept."""
+    init: Literal["cold", "warm"] = "cold"
+    """cold: the papers' fresh random start each time; warm: from the last assignment."""
+    threads: int = 1
+    """CPU threads per shard."""
+    memory_gb: float = 0.0
+    """Most memory one shard may hold; 0: what the machine has free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 0
+    """Save every so many steps besides the epoch ends; 0: at epoch ends only."""
+    every_epochs: int = 1
+    keep: int = 3
+    """Checkpoints kept besides the last; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    names: tuple[str, ...] = ("knn", "linear")
+    """Evaluations, by the names of their files in raycon/evals."""
+    every_epochs: int = 0
+    """Also during the run, every so many epochs; 0: at the end only."""
+    knn_k: tuple[int, ...] = (1, 20, 200)
+    knn_temperature: float = 0.07
+    linear_epochs: int = 100
+    """Passes of the linear probe over the features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
+    project: str = "raycon"
+    """wandb project."""
+    every_steps: int = 10
+    quiet: bool = False
+    """Only warnings and the result on the terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    workers: int = 2
+    """Ray Train workers (ranks)."""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    threads: int = 1
+    """CPU threads of each rank's torch operations."""
+    max_failures: int = 3
+    """How often a run recovers from the loss of a worker."""
+    start_timeout_s: float = 120.0
+    """How long the workers may take to start before the run fails, saying what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirConfig:
+    dir: str = ""
+    """The run directory; empty: runs/<recipe>-<options that differ>-<time>."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    recipe: str = ""
+    """The recipe this configuration started from."""
+    seed: int = 0
+    """Everything random follows from it."""
+    runtime: Literal["ray", "local"] = "ray"
+    """ray: Ray Train; local: this process, or the ranks torchrun started."""
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+
+
+# --- in and out -------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict, tuples as lists: what YAML, wandb and Ray carry."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    result = plain(config)
+    assert isinstance(result, dict)
+    return result
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def from_dict(tree: Mapping[str, Any], method_options: type[MethodOptions]) -> RunConfig:
+    """The RunConfig of a nested dict. Raises ConfigError naming every unknown option and every wrong value."""
+    problems: list[str] = []
+    config = _build(RunConfig, tree, "", problems, {"method": method_options})
+    if problems:
+        raise ConfigError(problems)
+    assert config is not None
+    return config
+
+
+def override(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """A copy with dotted options replaced: ``override(config, {"method.temperature": 0.1})``. Raises ConfigError."""
+    tree = to_dict(config)
+    known = flatten(tree)
+    problems = [_unknown(name, list(known)) for name in options if name not in known]
+    if problems:
+        raise ConfigError(problems)
+    for name, value in options.items():
+        *parents, last = name.split(".")
+        place = tree
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return from_dict(tree, type(config.method))
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
+        k for k in known if k.split(".")[-1] == name.split(".")[-1]
+    ]
+    hint = f"; did you mean {near[0]!r}?" if near else "; --help lists all options"
+    return f"unknown option {name!r}{hint}"
+
+
+def _build(
+    cls: type[T], tree: Mapping[str, Any], path: str, problems: list[str], swap: Mapping[str, type] | None = None
+) -> T | None:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(tree, Mapping):
+        problems.append(f"{path.rstrip('.')}: expected a group of options, got {tree!r}")
+        return None
+    problems += [_unknown(path + str(name), [path + f for f in fields]) for name in tree if name not in fields]
+    values: dict[str, Any] = {}
+    for name in fields:
+        if name not in tree:
+            continue
+        kind = (swap or {}).get(name, hints[name])
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, tree[name], f"{path}{name}.", problems)
+        else:
+            try:
+                values[name] = _convert(kind, tree[name])
+            except (TypeError, ValueError):
+                problems.append(f"{path}{name} = {tree[name]!r}: expected {_describe(kind)}")
+    return None if problems else cls(**values)
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated:
+        return _convert(typing.get_args(kind)[0], value)
+    if origin is Literal:
+        if value in typing.get_args(kind):
+            return value
+    elif origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            try:
+                return _convert(option, value)
+            except (TypeError, ValueError):
+                continue
+    elif origin is tuple:
+        items = typing.get_args(kind)
+        if isinstance(value, (list, tuple)):
+            if len(items) == 2 and items[1] is Ellipsis:
+                return tuple(_convert(items[0], v) for v in value)
+            if len(items) == len(value):
+                return tuple(_convert(k, v) for k, v in zip(items, value, strict=True))
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif kind is bool or kind is str:
+        if isinstance(value, kind):
+            return value
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif kind is float:
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)  # YAML reads 1e-4 as text
+    raise ValueError(value)
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Annotated:
+        return _describe(typing.get_args(kind)[0])
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    return getattr(kind, "__name__", None) if typing.get_origin(kind) is None else str(kind)  # type: ignore[return-value]
+
+
+def save_yaml(config: RunConfig, file: Path) -> None:
+    import yaml
+
+    file.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def problems_of(config: RunConfig, facts: Facts) -> list[str]:
+    """All that can be said against a configuration before anything starts; empty when it is fine."""
+    train, found = config.train, []
+
+    def require(condition: bool, text: str) -> None:
+        if not condition:
+            found.append(text)
+
+    for name, value in flatten(to_dict(config)).items():
+        if isinstance(value, float) and value != value:
+            found.append(f"{name} = nan: give a number")
+    require(train.epochs >= 1, f"train.epochs = {train.epochs}: give 1 or more")
+    require(train.batch >= 2, f"train.batch = {train.batch}: give 2 or more")
+    require(train.lr > 0, f"train.lr = {train.lr}: give a number above 0")
+    require(0 <= train.momentum < 1, f"train.momentum = {train.momentum}: give 0 <= momentum < 1")
+    require(train.weight_decay >= 0, f"train.weight_decay = {train.weight_decay}: give 0 or more")
+    require(train.warmup_epochs >= 0, f"train.warmup_epochs = {train.warmup_epochs}: give 0 or more")
+    require(
+        train.warmup_epochs < train.epochs or train.epochs < 1,
+        f"train.warmup_epochs = {train.warmup_epochs} leaves nothing of train.epochs = {train.epochs}",
+    )
+    require(train.accumulate >= 1, f"train.accumulate = {train.accumulate}: give 1 or more")
+    require(train.clip >= 0, f"train.clip = {train.clip}: give 0 (off) or more")
+    parts = facts.world * max(train.accumulate, 1)
+    require(
+        train.batch % parts == 0,
+        f"train.batch = {train.batch} does not divide over {facts.world} ranks x train.accumulate = "
+        f"{train.accumulate}: give a multiple of {parts}",
+    )
+    require(
+        facts.rows >= train.batch,
+        f"train.batch = {train.batch} is more than the {facts.rows} images of data.name = {config.data.name!r}",
+    )
+    require(config.data.size >= 4, f"data.size = {config.data.size}: give 4 pixels or more")
+    require(config.data.workers >= 0, f"data.workers = {config.data.workers}: give 0 or more")
+    require(config.model.width >= 1, f"model.width = {config.model.width}: give 1 or more")
+    require(config.mining.shards >= 1, f"mining.shards = {config.mining.shards}: give 1 or more")
+    require(config.mining.iterations >= 1, f"mining.iterations = {config.mining.iterations}: give 1 or more")
+    require(config.mining.redo >= 1, f"mining.redo = {config.mining.redo}: give 1 or more")
+    require(config.log.every_steps >= 1, f"log.every_steps = {config.log.every_steps}: give 1 or more")
+    require(config.checkpoint.every_steps >= 0, f"checkpoint.every_steps = {config.checkpoint.every_steps}: give 0 or more")
+    require(config.checkpoint.every_epochs >= 1, f"checkpoint.every_epochs = {config.checkpoint.every_epochs}: give 1 or more")
+    require(config.checkpoint.keep >= 0, f"checkpoint.keep = {config.checkpoint.keep}: give 0 (all) or more")
+    require(config.evals.every_epochs >= 0, f"evals.every_epochs = {config.evals.every_epochs}: give 0 (at the end) or more")
+    require(config.evals.knn_temperature > 0, f"evals.knn_temperature = {config.evals.knn_temperature}: give a number above 0")
+    require(bool(config.evals.knn_k) and min(config.evals.knn_k) >= 1, f"evals.knn_k = {config.evals.knn_k}: give 1 or more")
+    require(config.scaling.workers >= 1, f"scaling.workers = {config.scaling.workers}: give 1 or more")
+    require(config.scaling.threads >= 1, f"scaling.threads = {config.scaling.threads}: give 1 or more")
+    require(config.scaling.max_failures >= -1, f"scaling.max_failures = {config.scaling.max_failures}: give -1 (no limit) or more")
+    return found + config.method.problems(facts)

@@ -1,0 +1,1 @@
+"""Floor 1: clustering and neighbour mining; arrays in, arrays out."""

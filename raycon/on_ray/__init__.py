@@ -1,0 +1,1 @@
+"""Floor 4: the only folder inside raycon/ that imports ray."""
