@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from raycon.core.types import Needs
+
 T = TypeVar("T")
 
 
@@ -50,6 +52,10 @@ class MethodOptions:
 
     name: str = ""
     """The method: the name of its file in raycon/methods."""
+
+    def needs(self) -> Needs:
+        """What the loop must provide for the method."""
+        return Needs()
 
     def problems(self, facts: Facts) -> list[str]:
         """What makes these options unusable with this data: one line each, with the dotted option and the fix."""
@@ -128,6 +134,8 @@ class TrainConfig:
     """Micro-batches per step."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the networks; similarities and losses stay fp32."""
+    tf32: bool = True
+    """On a GPU, let fp32 matrix products use TF32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +173,9 @@ class EvalConfig:
     knn_temperature: float = 0.07
     linear_epochs: int = 100
     """Passes of the linear probe over the features."""
+    cpus: float = 0.0
+    """CPUs that Ray sets aside for the evaluation task; 0: it runs on what training leaves."""
+    gpus: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +198,8 @@ class ScalingConfig:
     """CPU threads of each rank's torch operations."""
     max_failures: int = 3
     """How often a run recovers from the loss of a worker."""
-    start_timeout_s: float = 120.0
-    """How long the workers may take to start before the run fails, saying what is missing."""
+    autoscaling: bool = False
+    """The cluster grows by itself: do not refuse more workers than fit it now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +226,36 @@ class RunConfig:
     evals: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+
+
+# --- words for checks: each returns what is wrong, [] when nothing is ---
+
+
+def above_zero(option: str, value: float) -> list[str]:
+    return [] if value > 0 else [f"{option} = {value}: give a number above 0"]
+
+
+def at_least(option: str, value: float, least: float) -> list[str]:
+    return [] if value >= least else [f"{option} = {value}: give {least} or more"]
+
+
+def within(option: str, value: float, low: float, high: float) -> list[str]:
+    return [] if low <= value <= high else [f"{option} = {value}: give a number from {low} to {high}"]
+
+
+def queue_divides(option: str, size: int, facts: Facts) -> list[str]:
+    """A queue takes whole batches: the global batch must divide it."""
+    if size >= facts.batch and size % facts.batch == 0:
+        return []
+    near = max(facts.batch, round(size / facts.batch) * facts.batch)
+    return [f"{option} = {size} is not a multiple of train.batch = {facts.batch}: give {near}, say"]
+
+
+def clusters_fit(option: str, clusters: tuple[int, ...], facts: Facts) -> list[str]:
+    """k-means needs at least as many rows as clusters."""
+    return [f"{option} has k = {k}: give 1 or more" for k in clusters if k < 1] + [
+        f"{option} has k = {k}, more than the {facts.rows} images: give a smaller k" for k in clusters if k > facts.rows
+    ]
 
 
 # --- in and out -------------------------------------------------------------------------------------------------
@@ -292,7 +333,7 @@ def _build(
         if name not in tree:
             continue
         kind = (swap or {}).get(name, hints[name])
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             values[name] = _build(kind, tree[name], f"{path}{name}.", problems)
         else:
             try:
@@ -325,15 +366,12 @@ def _convert(kind: Any, value: Any) -> Any:
     elif kind is type(None):
         if value is None:
             return None
-    elif kind is bool or kind is str:
-        if isinstance(value, kind):
-            return value
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif kind is float:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            return float(value)  # YAML reads 1e-4 as text
+    elif isinstance(value, bool) != (kind is bool):
+        pass  # a bool is an int for Python, not for us
+    elif kind in (bool, int, str) and isinstance(value, kind):
+        return value
+    elif kind is float and isinstance(value, (int, float, str)):
+        return float(value)  # YAML reads 1e-4 as text
     raise ValueError(value)
 
 
@@ -394,13 +432,28 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
     require(config.mining.iterations >= 1, f"mining.iterations = {config.mining.iterations}: give 1 or more")
     require(config.mining.redo >= 1, f"mining.redo = {config.mining.redo}: give 1 or more")
     require(config.log.every_steps >= 1, f"log.every_steps = {config.log.every_steps}: give 1 or more")
-    require(config.checkpoint.every_steps >= 0, f"checkpoint.every_steps = {config.checkpoint.every_steps}: give 0 or more")
-    require(config.checkpoint.every_epochs >= 1, f"checkpoint.every_epochs = {config.checkpoint.every_epochs}: give 1 or more")
+    require(
+        config.checkpoint.every_steps >= 0, f"checkpoint.every_steps = {config.checkpoint.every_steps}: give 0 or more"
+    )
+    require(
+        config.checkpoint.every_epochs >= 1,
+        f"checkpoint.every_epochs = {config.checkpoint.every_epochs}: give 1 or more",
+    )
     require(config.checkpoint.keep >= 0, f"checkpoint.keep = {config.checkpoint.keep}: give 0 (all) or more")
-    require(config.evals.every_epochs >= 0, f"evals.every_epochs = {config.evals.every_epochs}: give 0 (at the end) or more")
-    require(config.evals.knn_temperature > 0, f"evals.knn_temperature = {config.evals.knn_temperature}: give a number above 0")
-    require(bool(config.evals.knn_k) and min(config.evals.knn_k) >= 1, f"evals.knn_k = {config.evals.knn_k}: give 1 or more")
+    require(
+        config.evals.every_epochs >= 0, f"evals.every_epochs = {config.evals.every_epochs}: give 0 (at the end) or more"
+    )
+    require(
+        config.evals.knn_temperature > 0,
+        f"evals.knn_temperature = {config.evals.knn_temperature}: give a number above 0",
+    )
+    require(
+        bool(config.evals.knn_k) and min(config.evals.knn_k) >= 1, f"evals.knn_k = {config.evals.knn_k}: give 1 or more"
+    )
     require(config.scaling.workers >= 1, f"scaling.workers = {config.scaling.workers}: give 1 or more")
     require(config.scaling.threads >= 1, f"scaling.threads = {config.scaling.threads}: give 1 or more")
-    require(config.scaling.max_failures >= -1, f"scaling.max_failures = {config.scaling.max_failures}: give -1 (no limit) or more")
+    require(
+        config.scaling.max_failures >= -1,
+        f"scaling.max_failures = {config.scaling.max_failures}: give -1 (no limit) or more",
+    )
     return found + config.method.problems(facts)

@@ -82,8 +82,10 @@ class Mined(NamedTuple):
 
     snapshot: Snapshot | None
     """The snapshot in force, on the device; None before ``Needs.from_epoch``."""
+    used: tuple[int, ...]
+    """Per clustering: one more than the largest cluster id that a row is assigned to."""
     seed: int
-    """Differs for every step and rank, and is the same after a resume: the key of whatever the step draws."""
+    """One key per step, the same on all ranks and after a resume: whatever the step draws follows from it."""
     epoch: int = 0
     step: int = 0
     """Global step, 0-based."""
@@ -142,6 +144,9 @@ class FeatureIndex(Protocol):
     A cache: when a part of it was lost, ``snapshot`` raises MissingRows on every rank and the loop fills it again.
     """
 
+    previous: Snapshot | None
+    """The snapshot a warm start begins at; the loop sets it after a resume."""
+
     def add(self, version: int, first_row: int, features: Any) -> None:
         """Hand over (n, D) float32 unit features of rows ``first_row .. first_row + n``. Repeating it is harmless.
 
@@ -172,10 +177,35 @@ class Runtime(Protocol):
         """The checkpoint to go on from, None at the beginning."""
         ...
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
-        """Every rank calls it equally often: it may be a barrier."""
+    def report(self, metrics: dict[str, float], checkpoint: Path | None, evaluate: bool) -> None:
+        """A checkpoint was written (``checkpoint`` on rank 0, None elsewhere); ``evaluate`` it beside the training.
+
+        Every rank calls it equally often: it may be a barrier.
+        """
         ...
 
     def should_stop(self) -> bool:
         """The same answer on every rank."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderPlan:
+    """What a loader is asked for; every loader answers the same plan with the same stream."""
+
+    specs: tuple[Any, ...]
+    """One raycon.nn.views.ViewSpec per training view."""
+    eval_spec: Any
+    """The ViewSpec of ``scan``: resize and centre crop, no randomness."""
+    batch: int
+    """Global batch; this rank gets ``batch // world`` rows of it."""
+    seed: int
+    rank: int
+    world: int
+    device: torch.device
+    workers: int = 0
+    """Helper processes or threads; 0: none."""
+    cache: Path | None = None
+    """Where converted data may be kept (absolute)."""
+    channels_last: bool = True
+    """Give views in torch.channels_last memory format."""

@@ -1,0 +1,25 @@
+"""Downstream evaluations of an encoder: constructor and ``run`` in, named numbers out. See base.py."""
+
+from raycon.evals.base import (
+    Evaluation,
+    FeatureSets,
+    Outcome,
+    append_results,
+    build,
+    check,
+    names,
+    read_results,
+    run_all,
+)
+
+__all__ = [
+    "Evaluation",
+    "FeatureSets",
+    "Outcome",
+    "append_results",
+    "build",
+    "check",
+    "names",
+    "read_results",
+    "run_all",
+]

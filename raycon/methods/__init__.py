@@ -10,6 +10,7 @@ import ast
 import difflib
 import functools
 import importlib
+import typing
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +36,7 @@ def module(name: str) -> ModuleType:
 def options(name: str) -> type[MethodOptions]:
     """The ``Options`` dataclass of a method, compiled from its source alone: torch is not imported.
 
-    The class body may use what this function provides: dataclass, field, Literal, MethodOptions, Facts, Needs.
+    The class body may use the names of core/config.py (dataclass, field, Literal, Facts, Needs, the check words).
     Each field's docstring becomes its help text. Raises ConfigError for an unknown name.
     """
     _check(name)
@@ -48,30 +49,27 @@ def options(name: str) -> type[MethodOptions]:
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             help_text = ast.literal_eval(following.value)
             annotated = ast.parse(f"Annotated[0, arg(help={' '.join(help_text.split())!r})]", mode="eval").body
-            assert isinstance(annotated, ast.Subscript) and isinstance(annotated.slice, ast.Tuple)
+            assert isinstance(annotated, ast.Subscript)
+            assert isinstance(annotated.slice, ast.Tuple)
             annotated.slice.elts[0] = statement.annotation
             statement.annotation = annotated
     namespace = _vocabulary() | {"__name__": f"{__name__}.{name}"}
-    exec(compile(ast.fix_missing_locations(ast.Module([node], [])), str(file), "exec"), namespace)  # our own source
+    exec(
+        compile(ast.fix_missing_locations(ast.Module([node], [])), str(file), "exec", dont_inherit=True), namespace
+    )  # our source
     made = namespace["Options"]
-    assert isinstance(made, type) and issubclass(made, MethodOptions)
+    assert isinstance(made, type)
+    assert issubclass(made, MethodOptions)
     return made
 
 
 def _vocabulary() -> dict[str, object]:
-    from dataclasses import dataclass, field
-    from typing import Annotated, Literal
-
+    """The names that an Options body may use: those of core/config.py and the few below."""
     from tyro.conf import arg
 
-    return {
-        "dataclass": dataclass,
-        "field": field,
-        "Annotated": Annotated,
-        "Literal": Literal,
+    return {k: v for k, v in vars(core_config).items() if not k.startswith("_")} | {
+        "Annotated": typing.Annotated,
         "arg": arg,
-        "MethodOptions": MethodOptions,
-        "Facts": core_config.Facts,
     }
 
 

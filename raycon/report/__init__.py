@@ -1,0 +1,5 @@
+"""The report of a run: one self-contained HTML file. ``write(run_dir)``; ``python -m raycon.report RUN_DIR``."""
+
+from raycon.report.page import write
+
+__all__ = ["write"]

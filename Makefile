@@ -1,0 +1,48 @@
+# Every verb a person needs; each sets the machine up first, once.
+PYTHON ?= python3
+VENV ?= .venv
+bin := $(VENV)/bin
+ready := $(VENV)/.ready
+export PYTHON VENV
+
+.PHONY: help setup pretrain test check lint types bench same-loss wheel data clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(ready)  ## install everything into .venv (FORCE=1: again)
+$(ready): pyproject.toml constraints.txt cluster/setup_machine.sh $(if $(FORCE),force)
+	@bash cluster/setup_machine.sh
+	@touch $@
+.PHONY: force
+force:
+
+pretrain: $(ready)  ## the main job: PCL on scikit-learn's digits with 2 Ray Train workers
+	@$(bin)/python -m raycon.pretrain quickstart $(ARGS)
+
+test: check  ## all tests: `check`, then those that need Ray, FFCV or more time
+	@$(bin)/python -m pytest -q -m "(ray or ffcv or slow or chaos)" $(ARGS)
+
+check: lint types  ## ruff, mypy and the quick tests, in about a minute
+	@$(bin)/python -m pytest -q -m "not (ray or ffcv or slow or chaos)" $(ARGS)
+
+lint: $(ready)  ## ruff
+	@$(bin)/ruff check . && $(bin)/ruff format --check .
+
+types: $(ready)  ## mypy
+	@$(bin)/mypy
+
+bench: $(ready)  ## every benchmark this machine can run, the quick form
+	@for b in $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | grep -v -e __init__ -e harness); do \
+		$(bin)/python -m benchmarks.$$b --quick || exit 1; done
+
+same-loss: $(ready)  ## the identical-loss rule: recorded losses of the reference run, bit for bit
+	@$(bin)/python -m pytest -q tests/golden/test_same_loss.py
+
+wheel: $(ready)  ## build dist/*.whl
+	@$(bin)/python -m build --wheel
+
+data: $(ready)  ## Fashion-MNIST from Debian's package
+	@test -d /usr/share/datasets/fashion-mnist || apt-get install -y dataset-fashion-mnist
+
+clean:  ## remove what was built (not .venv, not runs)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

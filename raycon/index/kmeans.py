@@ -1,0 +1,162 @@
+"""Exact k-means over shards: the coordinator's side, which holds centroids and no features.
+
+``official`` is faiss's algorithm (faiss/Clustering.cpp, 1.15), as PCL and Cl-InfoNCE call it: k distinct rows drawn by
+a seeded permutation, a fixed number of Lloyd iterations, several restarts of which the lowest objective is kept, and
+its rule for empty clusters. Two things differ: sums are exact (faiss adds in float32), and no row is ever left out
+(faiss draws a sample when N is more than 256 k, or 1000 k as PCL sets it).
+
+Shape letters: N rows of the data set, K clusters, D feature width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raycon.index.merge import FanOut, gather, merge_steps
+
+_RESTART = 15486557
+"""faiss's distance between the seeds of two restarts."""
+_SPLIT_SEED = 1234
+"""faiss starts this generator anew in every iteration."""
+_SPLIT = np.float32(1 / 1024)
+
+
+class Data(NamedTuple):
+    """What is to be clustered, as the shards know it."""
+
+    version: int
+    rows: int
+    """N."""
+    radius: float
+    """Largest norm of a row."""
+
+
+class Clustering(NamedTuple):
+    centroids_KD: NDArray[np.float32]
+    """Not normalised, unless spherical."""
+    objective: float
+    """Sum of squared distances before the last update: what restarts are compared by."""
+    iterations: int
+    """Passes over the data, of all restarts together."""
+
+
+def faiss_permutation(rows: int, count: int, seed: int) -> NDArray[np.int64]:
+    """The first ``count`` of faiss.rand_perm(rows, seed): a shuffle by the Mersenne twister mt19937."""
+    order = np.arange(rows)
+    swaps = min(count, rows - 1)
+    draws = np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 2**32, swaps, dtype=np.uint32).astype(np.int64)
+    for i, other in enumerate(np.arange(swaps) + draws % (rows - np.arange(swaps))):
+        order[i], order[other] = order[other], order[i]
+    return order[:count].copy()
+
+
+def split_empty(centroids_KD: NDArray[np.float32], counts_K: NDArray[np.int64], rows: int) -> int:
+    """faiss's rule for empty clusters, in place; returns how many there were.
+
+    Each takes half of a cluster j: walking round the clusters, j is chosen with probability (n_j - 1) / (N - K); both
+    centroids are then moved apart by 1/1024 of each coordinate. Needs rows > K.
+    """
+    empty = np.flatnonzero(counts_K == 0)
+    if not len(empty):
+        return 0
+    k, size_K = len(counts_K), counts_K.astype(np.float32)
+    assert rows > k
+    generator = np.random.RandomState(_SPLIT_SEED)
+    chance_K = ((size_K.astype(np.float64) - 1.0) / np.float32(rows - k)).astype(np.float32)
+    draws = np.empty(0, dtype=np.float32)
+    step = np.where(np.arange(centroids_KD.shape[1]) % 2 == 0, _SPLIT, -_SPLIT)
+    for target in empty:
+        while True:
+            if len(draws) < k:
+                more = generator.randint(0, 2**32, max(k, 4096), dtype=np.uint32)
+                draws = np.concatenate([draws, more.astype(np.float32) / np.float32(2**32)])
+            hits = np.flatnonzero(draws[:k] < chance_K)
+            used = int(hits[0]) + 1 if len(hits) else k
+            draws = draws[used:]
+            if len(hits):
+                break
+        donor = used - 1
+        centroids_KD[target] = centroids_KD[donor] * (1 + step)
+        centroids_KD[donor] *= 1 - step
+        size_K[target] = size_K[donor] / 2
+        size_K[donor] -= size_K[target]
+        for changed in (target, donor):
+            chance_K[changed] = np.float32((np.float64(size_K[changed]) - 1.0) / np.float32(rows - k))
+    return len(empty)
+
+
+def update(
+    sums_KD: NDArray[np.float64], counts_K: NDArray[np.int64], rows: int, spherical: bool
+) -> NDArray[np.float32]:
+    """The new centroids: means, empty clusters refilled by splitting, rows normalised when spherical."""
+    centroids_KD = (sums_KD / np.maximum(counts_K, 1)[:, None]).astype(np.float32)
+    split_empty(centroids_KD, counts_K, rows)
+    return _unit(centroids_KD) if spherical else centroids_KD
+
+
+def lloyd(
+    fan_out: FanOut, data: Data, centroids_KD: NDArray[np.float32], iterations: int, spherical: bool = False
+) -> Clustering:
+    """Lloyd's iterations from given centroids; ends early when an iteration changes nothing.
+
+    Spherical k-means is the same with unit centroids: for unit rows the smallest distance is the largest cosine.
+    """
+    objective, passes = float("inf"), 0
+    for _ in range(iterations):
+        steps = fan_out("step", data.version, centroids_KD, data.rows, data.radius)
+        sums_KD, counts_K, objective = merge_steps(steps)
+        new_KD = update(sums_KD, counts_K, data.rows, spherical)
+        passes += 1
+        # Sums are exact, so the centroids stay what they are, to the bit, exactly when no row changes its cluster.
+        fixed = np.array_equal(new_KD, centroids_KD)
+        centroids_KD = new_KD
+        if fixed:
+            break
+    return Clustering(centroids_KD, objective, passes)
+
+
+def official(
+    fan_out: FanOut, data: Data, k: int, *, seed: int, iterations: int, redo: int, spherical: bool = False
+) -> Clustering:
+    """A cold start by faiss's rules. Raises ValueError when there are fewer rows than clusters."""
+    check_clusters(data.rows, k)
+    if data.rows == k:  # faiss: every row is its own centroid
+        centroids_KD = gather(fan_out, data.version, np.arange(k))
+        return Clustering(_unit(centroids_KD) if spherical else centroids_KD, 0.0, 0)
+    best: Clustering | None = None
+    passes = 0
+    for restart in range(redo):
+        start = faiss_permutation(data.rows, k, seed + 1 + restart * _RESTART)
+        centroids_KD = gather(fan_out, data.version, start)
+        found = lloyd(fan_out, data, _unit(centroids_KD) if spherical else centroids_KD, iterations, spherical)
+        passes += found.iterations
+        if best is None or found.objective < best.objective:
+            best = found
+    assert best is not None
+    return best._replace(iterations=passes)
+
+
+def warm(
+    fan_out: FanOut, data: Data, label_N: NDArray[np.int64], k: int, *, iterations: int, spherical: bool = False
+) -> Clustering:
+    """Start from the means of the present features under earlier labels (N,): unaffected by any turn of the space."""
+    check_clusters(data.rows, k)
+    if data.rows == k:
+        return official(fan_out, data, k, seed=0, iterations=1, redo=1, spherical=spherical)
+    sums = fan_out("label_sums", data.version, label_N, k, data.rows, data.radius)
+    sums_KD, counts_K, _ = merge_steps(sums)
+    return lloyd(fan_out, data, update(sums_KD, counts_K, data.rows, spherical), iterations, spherical)
+
+
+def check_clusters(rows: int, k: int) -> None:
+    if not 1 <= k <= rows:
+        raise ValueError(f"{k} clusters of {rows} rows: give 1 .. {rows}")
+
+
+def _unit(centroids_KD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Unit rows; a row of zeros stays one."""
+    norm_K = np.linalg.norm(centroids_KD.astype(np.float64), axis=1)
+    return (centroids_KD / np.where(norm_K > 0, norm_K, 1.0)[:, None]).astype(np.float32)

@@ -1,0 +1,61 @@
+"""What a method is: a module whose forward computes the loss and changes nothing, and one hook that changes state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raycon.core import dist
+from raycon.core.config import MethodOptions
+from raycon.core.types import Batch, Mined, Needs, Output, Progress
+
+
+class Method(nn.Module, ABC):
+    """A file in raycon/methods holds ``Options`` and ``build(options, encoder, facts) -> Method``.
+
+    The loop calls ``forward`` through DDP and ``after_step`` after the optimiser has moved. Randomness comes from
+    ``mined.seed``; collectives from ``raycon.core.dist``.
+    """
+
+    bf16 = False
+    """Set by the loop: run the networks (not the similarities) under bf16 autocast."""
+
+    def __init__(self, options: MethodOptions) -> None:
+        super().__init__()
+        self.needs: Needs = options.needs()
+
+    @abstractmethod
+    def forward(self, batch: Batch, mined: Mined) -> Output:
+        """The loss of this rank's batch. Changes no state but BatchNorm's running statistics."""
+
+    def after_step(self, keep: Mapping[str, Tensor], progress: Progress) -> None:
+        """EMA, queue: the only place where a method's state changes. ``keep`` is what forward left in Output."""
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) unit length: what is indexed for mining. Called in eval mode, without gradient."""
+
+    @abstractmethod
+    def encoder(self) -> nn.Module:
+        """What evaluations and users receive: (B, C, H, W) -> (B, F)."""
+
+    def embed(self, net: nn.Module, images: Tensor) -> Tensor:
+        """(B, D) float32 unit length; the network runs in bf16 when asked, what follows in float32."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            out = net(images)
+        return F.normalize(out.float(), dim=1)
+
+    @torch.no_grad()
+    def embed_shuffled(self, net: nn.Module, images: Tensor, permutation: NDArray[np.int64] | None) -> Tensor:
+        """``embed`` with the global batch shuffled over the ranks, so that BatchNorm gives no clue which key is whose
+        (MoCo's shuffle-BN). On one rank BatchNorm sees the same set either way, and nothing is shuffled.
+        """
+        if permutation is None or dist.world() == 1:
+            return self.embed(net, images)
+        return dist.exchange(self.embed(net, dist.exchange(images, permutation)), dist.inverse(permutation))

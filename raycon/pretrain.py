@@ -1,0 +1,381 @@
+"""Pretrain an image encoder.
+
+python -m raycon.pretrain RECIPE [--dotted.option value ...]
+python -m raycon.pretrain --config FILE [--dotted.option value ...]
+python -m raycon.pretrain --resume RUN_DIR
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raycon import methods
+from raycon.core import log
+from raycon.core.config import (
+    ConfigError,
+    RunConfig,
+    flatten,
+    from_dict,
+    problems_of,
+    save_yaml,
+    to_dict,
+)
+from raycon.recipes import first_line, recipe, recipes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger("raycon")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns the exit status: 0 finished, 1 the run failed, 2 the request was wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        config, resume = parse(arguments)
+        return run(config, resume, ["python", "-m", "raycon.pretrain", *arguments])
+    except ConfigError as error:
+        if debug:
+            raise
+        print(f"raycon.pretrain: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except (RuntimeError, FloatingPointError, OSError, ValueError) as error:
+        if debug:
+            raise
+        print(f"raycon.pretrain: {type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)  # noqa: T201
+        return 1
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> tuple[RunConfig, Path | None]:
+    """The configuration asked for, and the run directory to resume. Exits for --help; raises ConfigError."""
+    import tyro
+
+    rest = list(arguments)
+    file, resume = _take(rest, "--config"), _take(rest, "--resume")
+    named = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    given = [g for g in (named, file, resume) if g]
+    wants_help = "--help" in rest or "-h" in rest
+    if len(given) > 1 or (not given and not wants_help):
+        raise ConfigError([f"give one of RECIPE, --config FILE, --resume RUN_DIR (got {len(given)})\n{recipe_list()}"])
+    if named:
+        base = recipe(named)
+    elif file:
+        base = read_yaml(Path(file))
+    elif resume:
+        base = read_yaml(Path(resume) / "config.yaml")
+        base = dataclasses.replace(base, run=dataclasses.replace(base.run, dir=str(Path(resume).resolve())))
+    else:
+        base = recipe("quickstart")
+    about = f"{__doc__}\n{recipe_list()}\n\nThe options below are shown with the values of {named or 'quickstart'}."
+    if named:
+        about = f"{named}: {recipes()[named].__doc__}\n{about}"
+    config = tyro.cli(RunConfig, default=base, args=rest, description=about, prog="python -m raycon.pretrain")
+    return config, Path(resume).resolve() if resume else None
+
+
+def _take(arguments: list[str], option: str) -> str | None:
+    """Remove ``--option VALUE`` or ``--option=VALUE`` and return the value."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(option + "="):
+            return arguments.pop(i).split("=", 1)[1]
+        if argument == option:
+            if i + 1 == len(arguments):
+                raise ConfigError([f"{option}: give a value after it"])
+            del arguments[i]
+            return arguments.pop(i)
+    return None
+
+
+def recipe_list() -> str:
+    width = max(map(len, recipes()))
+    return "Recipes:\n" + "\n".join(f"  {name:{width}}  {first_line(name)}" for name in recipes())
+
+
+def read_yaml(file: Path) -> RunConfig:
+    """The configuration in a YAML file. Raises ConfigError when it is missing, no YAML, or names unknown options."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{file}: no such file"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file} is no YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("method"), dict) or "name" not in tree["method"]:
+        raise ConfigError([f"{file}: expected a configuration with method.name, as a run's config.yaml has it"])
+    return from_dict(tree, methods.options(tree["method"]["name"]))
+
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+
+def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
+    """Check everything, train, evaluate, report."""
+    from raycon.core import dist
+    from raycon.training import job
+    from raycon.training.runtime import STOP_FILE, join_torchrun
+
+    if config.runtime == "local":
+        join_torchrun()
+    run_dir = Path(dist.gather_objects(str(choose_run_dir(config)))[0])
+    config = absolute(config, run_dir)
+    world = config.scaling.workers if config.runtime == "ray" else dist.world()
+    problems = start_problems(config, run_dir, resume, world)
+    dataset = None
+    try:
+        dataset = job.open_data(config)
+    except ConfigError as error:
+        problems += error.problems
+    if dataset is not None:
+        facts = job.facts_of(config, dataset, world)
+        problems += problems_of(config, facts) + labels_problems(config, facts)
+        problems += network_problems(config, dataset)
+    if problems:
+        raise ConfigError(problems)
+    if dist.rank() == 0:
+        prepare(config, run_dir, resume, command)
+        for warning in config.method.warnings(facts):
+            logger.warning("warning: %s", warning)
+        logger.info("run directory: %s", run_dir)
+    dist.barrier()
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    started = time.monotonic()
+    with stop_on_signal(run_dir / STOP_FILE, f"python -m raycon.pretrain --resume {run_dir}"):
+        if dist.rank() != 0:
+            run_local(config, run_dir)
+            return 0
+        with log.Follower(run_dir / "metrics.jsonl", log.display(config.log.quiet)):
+            if config.runtime == "ray":
+                from raycon.on_ray import trainer
+
+                trainer.fit(config, run_dir, facts)
+            else:
+                run_local(config, run_dir)
+    return finish(config, run_dir, time.monotonic() - started)
+
+
+def run_local(config: RunConfig, run_dir: Path) -> None:
+    """Train in this process (and those of torchrun beside it), then evaluate the checkpoints that wanted it."""
+    from raycon.core import dist
+    from raycon.evals import on_checkpoint
+    from raycon.index.local import LocalIndex
+    from raycon.training import job
+    from raycon.training.runtime import LocalRuntime, choose_device, no_index
+
+    device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
+    index = no_index()
+    if dim := job.feature_dim(config):
+        rows = len(job.open_data(config))
+        index = LocalIndex(rows, dim, config.mining, config.seed, dist.rank(), dist.world())
+    runtime = LocalRuntime(run_dir, index, device)
+    job.train_rank(config, run_dir, device, runtime)
+    if dist.rank() == 0:
+        for checkpoint in runtime.pending:
+            on_checkpoint.evaluate(run_dir, checkpoint, device=device)
+
+
+def finish(config: RunConfig, run_dir: Path, seconds: float) -> int:
+    """The last words: numbers, where the run is, how to see the report."""
+    from raycon import report
+    from raycon.evals import on_checkpoint
+    from raycon.training.runtime import STOP_FILE
+
+    page = report.write(run_dir)
+    stopped = (run_dir / STOP_FILE).exists()
+    entry = on_checkpoint.last_entry(run_dir)
+    lines = []
+    if entry is not None:
+        lines += [f"{name:24} {value:.2f}" for name, value in sorted(entry["results"].items()) if "/top1" in name]
+        lines += [f"{name} failed: {text}" for name, text in entry["failed"].items()]
+    verb = "stopped after" if stopped else "finished in"
+    lines.append(f"{verb} {seconds:.0f} s; the run directory is {run_dir}")
+    if stopped:
+        lines.append(f"go on with:      python -m raycon.pretrain --resume {run_dir}")
+    lines.append(f"see the report:  python -m webbrowser {page.as_uri()}")
+    print("\n".join(lines), flush=True)  # noqa: T201
+    return 0
+
+
+@contextmanager
+def stop_on_signal(file: Path, resume: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a checkpoint and a clean end; a second one ends at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if file.exists():
+            raise KeyboardInterrupt
+        file.touch()
+        logger.warning("stopping: saving a checkpoint first (once more: stop at once). Go on with: %s", resume)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- checks and files -------------------------------------------------------------------------------------------
+
+
+def choose_run_dir(config: RunConfig) -> Path:
+    """``run.dir``, or runs/<recipe>-<options that differ from it>-<time>, never one that exists."""
+    if config.run.dir:
+        return Path(config.run.dir).expanduser().absolute()
+    name = [config.recipe or config.method.name]
+    if config.recipe in recipes():
+        default = flatten(to_dict(recipe(config.recipe)))
+        own = flatten(to_dict(config))
+        skip = ("run.", "log.", "recipe", "data.root", "data.cache")
+        changed = {k: v for k, v in own.items() if not k.startswith(skip) and default.get(k) != v}
+        name += [f"{k.split('.')[-1]}={v}" for k, v in changed.items()]
+    name.append(time.strftime("%Y%m%d-%H%M%S"))
+    readable = re.sub(r"[^A-Za-z0-9=._-]+", "_", "-".join(name))[-120:].lstrip("-_.")
+    folder, number = Path("runs").absolute(), 1
+    path = folder / readable
+    while path.exists():
+        number += 1
+        path = folder / f"{readable}-{number}"
+    return path
+
+
+def absolute(config: RunConfig, run_dir: Path) -> RunConfig:
+    """Ray's workers run elsewhere: every path is made absolute once, here."""
+    root = str(Path(config.data.root).expanduser().absolute()) if config.data.root else ""
+    cache = str(Path(config.data.cache or run_dir.parent / ".cache").expanduser().absolute())
+    weights = str(Path(config.model.weights).expanduser().absolute()) if config.model.weights else ""
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(run_dir)),
+        data=dataclasses.replace(config.data, root=root, cache=cache),
+        model=dataclasses.replace(config.model, weights=weights),
+    )
+
+
+def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world: int) -> list[str]:
+    """What is wrong with names and places."""
+    from raycon import evals
+    from raycon.nn import views
+
+    found = []
+    if resume is None and (run_dir / "checkpoints").is_dir():
+        found.append(
+            f"run.dir = {str(run_dir)!r} holds a run: go on with --resume {run_dir}, or give another directory"
+        )
+    elif resume is not None:
+        found += resume_problems(resume)
+    there = next(p for p in (run_dir, *run_dir.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        found.append(f"run.dir = {str(run_dir)!r} cannot be written ({there} is no writable directory): give another")
+    if unknown := [n for n in config.evals.names if n not in evals.names()]:
+        found.append(f"evals.names: no evaluation {', '.join(unknown)}; there are {', '.join(evals.names())}")
+    for name in config.method.needs().views:
+        try:
+            views.view_spec(config.data.views, name, config.data.size, (0.5,), (0.5,))
+        except ConfigError as error:
+            found += [p for p in error.problems if p not in found]
+    found += loader_problems(config)
+    if config.model.weights and not Path(config.model.weights).is_file():
+        found.append(f"model.weights = {config.model.weights!r}: no such file")
+    if config.runtime == "ray":
+        import importlib.util
+
+        if importlib.util.find_spec("ray") is None:
+            found.append("runtime = ray: Ray is not installed; pip install 'raycon[ray]', or give --runtime local")
+    return found
+
+
+def resume_problems(resume: Path) -> list[str]:
+    from raycon.training import checkpoint
+
+    path, refused = checkpoint.newest(resume / "checkpoints")
+    if path is None and refused:
+        return [f"--resume {resume}: no readable checkpoint: {'; '.join(refused)}"]
+    return []
+
+
+def loader_problems(config: RunConfig) -> list[str]:
+    import importlib.util
+
+    module = {"ffcv": "ffcv", "ray": "ray"}.get(config.data.loader)
+    if module and importlib.util.find_spec(module) is None:
+        return [f"data.loader = {module}: {module} is not installed; pip install 'raycon[{module}]', or choose torch"]
+    return []
+
+
+def labels_problems(config: RunConfig, facts: Any) -> list[str]:
+    found = config.method.problems(facts)
+    if config.method.needs().labels and facts.classes == 0:
+        found.append(
+            f"method.name = {config.method.name!r} needs weak labels; data.name = {config.data.name!r} has none"
+        )
+    return found
+
+
+def network_problems(config: RunConfig, dataset: Any) -> list[str]:
+    """Build the encoder once, without memory for its weights, to see whether it can be."""
+    import torch
+
+    from raycon.nn import networks
+
+    try:
+        with torch.device("meta"):
+            networks.build_encoder(dataclasses.replace(config.model, weights=""), len(dataset.mean))
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def prepare(config: RunConfig, run_dir: Path, resume: Path | None, command: list[str]) -> None:
+    """Make the run directory and write what a person needs to repeat the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log.attach_log_file(run_dir, config.log.quiet)
+    file = run_dir / "config.yaml"
+    if resume and file.exists() and read_yaml(file) != config:
+        old = run_dir / f"config.until-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
+        file.rename(old)
+        logger.info("options differ from before: the old configuration is %s", old.name)
+    save_yaml(config, file)
+    with (run_dir / "command.txt").open("a", encoding="utf-8") as handle:
+        handle.write(shlex.join(command) + "\n")
+    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the run directory."""
+    import raycon
+
+    found = {
+        "raycon": raycon.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": str(os.cpu_count()),
+    }
+    for name in ("torch", "torchvision", "numpy", "ray", "faiss-cpu", "faiss-gpu", "ffcv", "wandb"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

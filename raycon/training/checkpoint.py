@@ -1,0 +1,217 @@
+"""Checkpoints: one directory format, readable by anything that reads safetensors and JSON.
+
+    checkpoints/00001234/
+        model.safetensors       the method: networks, teacher, queue
+        optimizer.safetensors   its state per parameter
+        snapshot.safetensors    what mining found (when there is a snapshot)
+        state.json              position, versions, sizes and SHA-256 of the files
+    checkpoints/last -> 00001234
+
+A directory appears under its name only when it is complete and on disk. Nothing is unpickled, ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import raycon
+from raycon.core.types import Snapshot
+
+FORMAT = 1
+MODEL, OPTIMIZER, SNAPSHOT, STATE = "model.safetensors", "optimizer.safetensors", "snapshot.safetensors", "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the directory, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint read back."""
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    snapshot: Snapshot | None
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def save(
+    folder: Path,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    snapshot: Snapshot | None,
+    state: dict[str, Any],
+) -> Path:
+    """Write ``folder/<step>`` atomically and point ``folder/last`` to it.
+
+    ``state`` holds at least "step" and "evaluate". A snapshot that the previous checkpoint already holds is linked, not written.
+    Raises OSError when the disk is full; what was there before is then untouched.
+    """
+    target = folder / f"{state['step']:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / f".{target.name}.{os.getpid()}.part"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir()
+        _write(work / MODEL, method.state_dict())
+        tensors, scalars = _flatten_optimizer(optimizer.state_dict())
+        _write(work / OPTIMIZER, tensors)
+        if snapshot is not None:
+            _save_snapshot(folder / "last", work, snapshot)
+        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(work.iterdir())}
+        full = {"format": FORMAT, "raycon": raycon.__version__, **state}
+        full |= {"snapshot_version": None if snapshot is None else snapshot.version}
+        full |= {"optimizer": scalars, "files": files}
+        _write_text(work / STATE, json.dumps(full, indent=1))
+        if target.exists():  # the same step again after a resume: the same content
+            shutil.rmtree(target)
+        os.replace(work, target)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    _point(folder / "last", target.name)
+    return target
+
+
+def prune(folder: Path, keep: int, evaluated: Callable[[int], bool]) -> None:
+    """Drop the oldest checkpoints beyond the last and ``keep`` more (0: keep all).
+
+    Those still waiting for their evaluation stay.
+    """
+    for old in steps(folder)[: -keep - 1] if keep else []:
+        state = json.loads((old / STATE).read_text(encoding="utf-8"))
+        if not state["evaluate"] or evaluated(state["step"]):
+            shutil.rmtree(old)
+
+
+def load(path: Path) -> Saved:
+    """Read a checkpoint directory. Raises CheckpointError when it is incomplete, altered or of another format."""
+    path = path.resolve()
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {STATE}; give a directory checkpoints/<step> of a run") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path / STATE}: unreadable ({error}); take an older checkpoint of the run") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "files" not in state or "step" not in state:
+        raise CheckpointError(f"{path}: not a raycon checkpoint of format {FORMAT}")
+    for name, facts in state["files"].items():
+        file = path / Path(name).name  # a name from a file may not lead out of the directory
+        if not file.is_file() or file.stat().st_size != facts["bytes"] or _sha256(file) != facts["sha256"]:
+            raise CheckpointError(f"{file}: missing, cut off or altered; take an older checkpoint of the run")
+    snapshot = None
+    if state["snapshot_version"] is not None:
+        snapshot = _load_snapshot(path / SNAPSHOT, state["snapshot_version"])
+    optimizer = _unflatten_optimizer(load_file(path / OPTIMIZER), state["optimizer"])
+    return Saved(path, load_file(path / MODEL), optimizer, snapshot, state)
+
+
+def steps(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir() and (p / STATE).is_file())
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be read (None when there is none), and what was wrong with newer ones."""
+    refused = []
+    for path in reversed(steps(folder)):
+        try:
+            load(path)
+            return path, refused
+        except CheckpointError as error:
+            refused.append(str(error))
+    return None, refused
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    # safetensors wants contiguous tensors of its own; channels_last weights become plain ones.
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _write_text(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point(link: Path, name: str) -> None:
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, link)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"{i}.{k}": v for i, s in state["state"].items() for k, v in s.items() if isinstance(v, Tensor)}
+    groups = [{k: v for k, v in g.items() if not isinstance(v, Tensor)} for g in state["param_groups"]]
+    return tensors, {"param_groups": groups}
+
+
+def _unflatten_optimizer(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    return {"state": state, "param_groups": scalars["param_groups"]}
+
+
+def _save_snapshot(last: Path, work: Path, snapshot: Snapshot) -> None:
+    try:
+        previous = json.loads((last / STATE).read_text(encoding="utf-8"))
+        if previous["snapshot_version"] == snapshot.version:
+            os.link((last / SNAPSHOT).resolve(), work / SNAPSHOT)
+            return
+    except (OSError, ValueError, KeyError):
+        pass  # no previous checkpoint, or a file system without links: write it
+    tensors = {f"{name}.{i}": t for name in ("assignment", "prototypes", "concentration")
+               for i, t in enumerate(getattr(snapshot, name))}  # fmt: skip
+    if snapshot.neighbours is not None:
+        tensors["neighbours"] = snapshot.neighbours
+    _write(work / SNAPSHOT, tensors)
+
+
+def _load_snapshot(file: Path, version: int) -> Snapshot:
+    tensors = load_file(file)
+
+    def group(name: str) -> tuple[Tensor, ...]:
+        return tuple(tensors[f"{name}.{i}"] for i in range(sum(k.startswith(f"{name}.") for k in tensors)))
+
+    return Snapshot(
+        version, group("assignment"), group("prototypes"), group("concentration"), tensors.get("neighbours")
+    )

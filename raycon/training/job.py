@@ -1,0 +1,111 @@
+"""From a configuration to a trained rank: builds data, network, method, and calls the loop. The same for every runtime.
+
+Loaders and data sets are found by name, so that this floor does not depend on them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raycon import methods
+from raycon.core import dist
+from raycon.core.config import ConfigError, Facts, RunConfig
+from raycon.core.log import Metrics, NoMetrics, NoTracker, Tracker, Wandb
+from raycon.core.types import Loader, LoaderPlan, Progress, Runtime
+from raycon.methods.base import Method
+from raycon.nn import networks, views
+from raycon.training import loop
+from raycon.training.checkpoint import CheckpointError
+
+logger = logging.getLogger("raycon")
+
+STOPS = (loop.NotFinite, CheckpointError, ConfigError)
+"""Errors that would come again: a run is not tried anew after them."""
+
+
+def open_data(config: RunConfig, split: str = "train") -> Any:
+    """The ImageSet of ``data.name``. Raises ConfigError when there is no such, or its files are missing."""
+    return importlib.import_module("raycon.data_loaders.datasets").open_dataset(
+        config.data.name, config.data.root, split
+    )
+
+
+def facts_of(config: RunConfig, dataset: Any, world: int) -> Facts:
+    """What checks and methods need to know of the data."""
+    return Facts(
+        rows=len(dataset),
+        classes=len(dataset.weak_classes) or int(dataset.weak.max(initial=-1)) + 1,
+        image=dataset.image,
+        batch=config.train.batch,
+        world=world,
+        size=config.data.size,
+        epochs=config.train.epochs,
+    )
+
+
+def loader_plan(
+    config: RunConfig, dataset: Any, run_dir: Path, device: torch.device, world: int, rank: int
+) -> LoaderPlan:
+    mean, std, size = dataset.mean, dataset.std, config.data.size
+    needs = config.method.needs()
+    return LoaderPlan(
+        specs=tuple(views.view_spec(config.data.views, name, size, mean, std) for name in needs.views),
+        eval_spec=views.eval_spec(size, mean, std),
+        batch=config.train.batch,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+        device=device,
+        workers=config.data.workers,
+        cache=Path(config.data.cache or run_dir.parent / ".cache"),
+        channels_last=config.model.channels_last,
+    )
+
+
+def open_loader(config: RunConfig, dataset: Any, plan: LoaderPlan) -> Loader:
+    loader: Loader = importlib.import_module("raycon.data_loaders").open_loader(config.data.loader, dataset, plan)
+    return loader
+
+
+def build_method(config: RunConfig, facts: Facts, channels: int) -> Method:
+    """The method with its encoder, initialised from ``seed``: the same weights on every rank."""
+    torch.manual_seed(config.seed)
+    encoder = networks.build_encoder(config.model, channels)
+    method: Method = methods.module(config.method.name).build(config.method, encoder, facts)
+    if config.model.sync_bn and dist.world() > 1:
+        method = torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    return method
+
+
+def feature_dim(config: RunConfig) -> int:
+    """Width of what the method indexes; 0 when it mines nothing."""
+    return int(getattr(config.method, "dim", 0)) if config.method.needs().snapshot else 0
+
+
+def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: Runtime) -> Progress:
+    """Train one rank of a run; the process group is there already, ``runtime`` is the outside world."""
+    torch.set_num_threads(config.scaling.threads)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
+        torch.backends.cudnn.benchmark = True
+    metrics: Metrics = NoMetrics()
+    if runtime.rank == 0:
+        tracker: Tracker = NoTracker() if config.log.wandb == "disabled" else Wandb(config, run_dir)
+        metrics = Metrics(run_dir / "metrics.jsonl", tracker)
+    dataset = open_data(config)
+    facts = facts_of(config, dataset, runtime.world)
+    loader = open_loader(config, dataset, loader_plan(config, dataset, run_dir, device, runtime.world, runtime.rank))
+    method = build_method(config, facts, len(dataset.mean))
+    if config.model.compile:
+        method.encoder().compile()
+    try:
+        return loop.train(config, method, loader, runtime, metrics, run_dir)
+    finally:
+        metrics.close()
+        loader.close()

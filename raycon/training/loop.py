@@ -1,0 +1,329 @@
+"""THE loop. Read ``train`` from top to bottom; every helper is called from it and is one hop away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raycon.core import dist, stream
+from raycon.core.config import RunConfig
+from raycon.core.log import Metrics
+from raycon.core.types import Batch, Loader, Mined, MissingRows, Needs, Output, Progress, Runtime, Snapshot
+from raycon.methods.base import Method
+from raycon.nn import health, optim, pictures
+from raycon.training import checkpoint
+from raycon.training.meter import Meter
+
+logger = logging.getLogger("raycon")
+
+
+class NotFinite(FloatingPointError):
+    """The loss or the gradient is NaN or infinite. Raised on every rank before the optimiser moves."""
+
+
+def train(
+    config: RunConfig, method: Method, loader: Loader, runtime: Runtime, metrics: Metrics, run_dir: Path
+) -> Progress:
+    """Train to ``train.epochs``, going on from the checkpoint that the runtime gives. Returns where the run stopped.
+
+    Raises NotFinite (the last good checkpoint is kept) and checkpoint.CheckpointError.
+    """
+    per_epoch, steps = loader.steps, config.train.epochs * loader.steps
+    device, needs = runtime.device, method.needs
+    method.to(device).train()
+    if config.model.channels_last:
+        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    method.bf16 = config.train.precision == "bf16"
+    optimizer = optim.build_optimizer(method, config.train)
+    step, snapshot = 0, None
+    if (path := runtime.restore()) is not None:
+        step, snapshot, evaluate = restore(path, method, optimizer, config, steps)
+        metrics.rewind(step)
+        runtime.index.previous = snapshot
+        if dist.any_true(runtime.rank == 0 and evaluate and not evaluated(run_dir, step)):
+            # The run died between this checkpoint and its evaluation.
+            runtime.report({"step": step}, path if runtime.rank == 0 else None, evaluate=True)
+    started = {"steps": steps, "epochs": config.train.epochs, "world": runtime.world, "device": str(device)}
+    metrics.write("start", step, epoch=step // per_epoch, **started)
+    net: nn.Module = method
+    if runtime.world > 1:
+        # Buffers (queue, BatchNorm) need no broadcast: queues are equal by construction, statistics are made equal
+        # before anything reads them.
+        net = DistributedDataParallel(
+            method,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    guard = FiniteGuard(optimizer, device)
+    meter = Meter(config.train.batch)
+
+    stopping = False
+    while step < steps and not stopping:
+        epoch = step // per_epoch
+        if wants_snapshot(needs, epoch, snapshot):
+            snapshot = refresh(method, loader, runtime, epoch, step, metrics)
+        mined_on_device = None if snapshot is None else snapshot.to(device)
+        used = () if snapshot is None else tuple(int(a.max()) + 1 for a in snapshot.assignment)
+        batches = loader.train(epoch, first_step=step % per_epoch)
+        for batch in meter.waiting(batches):
+            if step == 0 and runtime.rank == 0:
+                save_views(batch, run_dir, config, metrics)
+            optim.set_lr(optimizer, lr := optim.lr_at(config.train, step, per_epoch))
+            torch.manual_seed(stream.key(config.seed, step, runtime.rank) >> 1)  # dropout and the like
+            mined = Mined(mined_on_device, used, stream.key(config.seed, step, 0x57E9) >> 1, epoch, step, steps)
+            output = forward_backward(net, batch, mined, config.train.accumulate)
+            norm = gradient_norm(method, config.train.clip)
+            guard.check(output.loss, norm, step, batch)
+            optimizer.step()
+            method.after_step(output.keep, Progress(step, steps, epoch))
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            meter.stepped()
+
+            end_of_epoch = step % per_epoch == 0
+            if step % config.log.every_steps == 0 or end_of_epoch:
+                log_step(metrics, meter, output, norm, lr, step, steps, epoch, config, dist_health=end_of_epoch)
+                stopping = runtime.should_stop()
+            if stopping or due(config, step, per_epoch, steps):
+                guard.flush()
+                saved, evaluate = None, due_evaluation(config, step, per_epoch, steps)
+                if runtime.rank == 0:
+                    state = {"step": step, "epoch": step // per_epoch, "steps": steps, "per_epoch": per_epoch}
+                    state |= {"world": runtime.world, "method": config.method.name, "seed": config.seed}
+                    state |= {"evaluate": evaluate}
+                    saved = checkpoint.save(run_dir / "checkpoints", method, optimizer, snapshot, state)
+                    checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep, lambda s: evaluated(run_dir, s))
+                runtime.report({"step": step, "epoch": epoch, "loss": float(output.loss.detach())}, saved, evaluate)
+                meter.pause()
+            if stopping:
+                break
+    guard.flush()
+    return Progress(step, steps, step // per_epoch)
+
+
+# --- one step ---------------------------------------------------------------------------------------------------
+
+
+def forward_backward(net: nn.Module, batch: Batch, mined: Mined, parts: int) -> Output:
+    """Forward and backward over ``parts`` micro-batches; gradients are those of the mean loss.
+
+    A loss that is not finite makes every gradient NaN: with the all-reduce of DDP all ranks see it.
+    """
+    if parts == 1:
+        output: Output = net(batch, mined)
+        poisoned(output.loss).backward()
+        return output
+    outputs = []
+    for i, (row, label, *views) in enumerate(
+        zip(batch.row.chunk(parts), batch.label.chunk(parts), *(v.chunk(parts) for v in batch.views), strict=True)
+    ):
+        last = i == parts - 1
+        quiet = net.no_sync() if isinstance(net, DistributedDataParallel) and not last else contextlib.nullcontext()
+        with quiet:
+            output = net(Batch(tuple(views), row, label), mined)
+            (poisoned(output.loss) / parts).backward()
+        outputs.append(output)
+    return Output(
+        torch.stack([o.loss.detach() for o in outputs]).mean(),
+        {k: torch.cat([o.keep[k] for o in outputs]) for k in outputs[0].keep},
+        {k: torch.stack([o.metrics[k] for o in outputs]).mean() for k in outputs[0].metrics},
+    )
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss itself when it is finite; otherwise its backward gives NaN everywhere."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+
+
+def gradient_norm(method: nn.Module, clip: float) -> Tensor:
+    """The norm of all gradients, a tensor on the device; clips when ``clip`` > 0."""
+    gradients = [p.grad for p in method.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip > 0:
+        torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+class FiniteGuard:
+    """Stops the run before the optimiser moves when the loss or the gradient is not finite.
+
+    On a CPU the flag is read at once. On a GPU that would stall the step, so the flag goes to the optimiser as
+    ``found_inf`` (its fused step then does nothing) and to the host in the background; it is read one step later,
+    and always before a checkpoint.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._on_cpu = device.type == "cpu"
+        self._pending: tuple[Tensor, Any, int, Tensor] | None = None
+
+    def check(self, loss: Tensor, norm: Tensor, step: int, batch: Batch) -> None:
+        bad = ~torch.isfinite(loss.detach() + norm)
+        if self._on_cpu:
+            if bad.item():
+                self._stop(step, batch.row)
+            return
+        self.flush()
+        self._optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        flag = bad.to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (flag, event, step, batch.row)
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        flag, event, step, row = self._pending
+        self._pending = None
+        event.synchronize()
+        if flag.item():
+            self._stop(step, row)
+
+    def _stop(self, step: int, row: Tensor) -> None:
+        rows = dist.gather_objects(row.tolist())
+        shown = "; ".join(f"rank {r}: {', '.join(map(str, found))}" for r, found in enumerate(rows))
+        raise NotFinite(
+            f"loss or gradient not finite in step {step}: the optimiser has not moved and the last checkpoint is good. "
+            f"Lower train.lr, give train.warmup_epochs or train.clip, or look at the rows of this batch: {shown}"
+        )
+
+
+# --- once in a while --------------------------------------------------------------------------------------------
+
+
+def wants_snapshot(needs: Needs, epoch: int, snapshot: Snapshot | None) -> bool:
+    """Is a new snapshot due before this epoch? The present one stays in force between refreshes."""
+    if not needs.snapshot or epoch < needs.from_epoch or (snapshot is not None and snapshot.version == epoch):
+        return False
+    return snapshot is None or (epoch - needs.from_epoch) % needs.refresh_epochs == 0
+
+
+@torch.no_grad()
+def refresh(
+    method: Method, loader: Loader, runtime: Runtime, epoch: int, step: int, metrics: Metrics, tries: int = 3
+) -> Snapshot:
+    """Embed every row once over the ranks, hand the features to the index, and take the snapshot.
+
+    Features come from rank 0's BatchNorm statistics on every rank. When a part of the index was lost meanwhile it
+    is filled again; the features are deterministic, so the snapshot is the same.
+    """
+    start = time.perf_counter()
+    dist.broadcast_buffers(method)
+    method.eval()
+    try:
+        for attempt in range(tries):
+            first, _ = stream.shard_range(loader.rows, runtime.rank, runtime.world)
+            features = torch.cat([method.features(block.images).float().cpu() for block in loader.scan()])
+            runtime.index.add(epoch, first, features.numpy())
+            embedded = time.perf_counter() - start
+            try:
+                snapshot, found = runtime.index.snapshot(epoch, method.needs)
+                break
+            except MissingRows as lost:
+                if attempt == tries - 1:
+                    raise
+                metrics.write(
+                    "event", step, epoch=epoch, text=f"a part of the index was lost and is filled again: {lost}"
+                )
+    finally:
+        method.train()
+    assert snapshot.version == epoch
+    seconds = time.perf_counter() - start
+    metrics.write("snapshot", step, epoch=epoch, version=epoch, seconds=seconds, embed_seconds=embedded, **found)
+    return snapshot
+
+
+def restore(
+    path: Path, method: Method, optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
+) -> tuple[int, Snapshot | None, bool]:
+    """Put a checkpoint into the method and the optimiser; returns (steps done, snapshot, whether it is for evaluation)."""
+    saved = checkpoint.load(path)
+    if saved.state["method"] != config.method.name:
+        raise checkpoint.CheckpointError(
+            f"{path} is of method.name = {saved.state['method']!r}, this run of {config.method.name!r}"
+        )
+    if saved.state["steps"] != steps:
+        raise checkpoint.CheckpointError(
+            f"{path} is of a run of {saved.state['steps']} steps, this one has {steps}: train.epochs, train.batch and "
+            "the data must be the same to go on"
+        )
+    try:
+        method.load_state_dict(saved.model)
+        optimizer.load_state_dict(saved.optimizer)
+        same_layout(optimizer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise checkpoint.CheckpointError(f"{path} does not fit this configuration: {error}") from None
+    return saved.step, saved.snapshot, bool(saved.state["evaluate"])
+
+
+def same_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give optimiser state the memory layout of its parameter: fused steps walk both as they lie in memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
+
+
+def due(config: RunConfig, step: int, per_epoch: int, steps: int) -> bool:
+    """A checkpoint after this many steps? At the end, at epoch ends, and every ``checkpoint.every_steps``."""
+    every = config.checkpoint
+    at_epoch = step % (per_epoch * every.every_epochs) == 0
+    at_step = bool(every.every_steps) and step % every.every_steps == 0
+    return at_epoch or at_step or step == steps or due_evaluation(config, step, per_epoch, steps)
+
+
+def due_evaluation(config: RunConfig, step: int, per_epoch: int, steps: int) -> bool:
+    """Is the checkpoint after this step one to evaluate? The last one always is."""
+    every = config.evals.every_epochs
+    return bool(config.evals.names) and (step == steps or (every > 0 and step % (per_epoch * every) == 0))
+
+
+def evaluated(run_dir: Path, step: int) -> bool:
+    """Has the checkpoint of this step been evaluated?"""
+    file = run_dir / "evaluations.json"
+    return file.exists() and any(
+        e["step"] == step and "control" not in e for e in json.loads(file.read_text(encoding="utf-8"))
+    )
+
+
+def log_step(
+    metrics: Metrics,
+    meter: Meter,
+    output: Output,
+    norm: Tensor,
+    lr: float,
+    step: int,
+    steps: int,
+    epoch: int,
+    config: RunConfig,
+    dist_health: bool,
+) -> None:
+    """One line of metrics.jsonl: means over the ranks. Reading the numbers is the only host synchronisation."""
+    named: Mapping[str, Tensor] = {"loss": output.loss.detach(), **output.metrics}
+    values = dist.mean(torch.stack([v.float() for v in named.values()])).tolist()
+    numbers = dict(zip(named, values, strict=True)) | {"lr": lr, "gradient_norm": norm.item()}
+    if "embedding" in output.keep:
+        embedding = output.keep["embedding"]
+        numbers["health/std"] = float(health.feature_std(embedding))
+        if dist_health:
+            numbers["health/effective_rank"] = float(health.effective_rank(embedding))
+    numbers |= meter.read(steps - step)
+    metrics.write("train", step, epoch=epoch, epochs=config.train.epochs, steps=steps, **numbers)
+
+
+def save_views(batch: Batch, run_dir: Path, config: RunConfig, metrics: Metrics) -> None:
+    """The augmented views of the first batch, as a picture for the report."""
+    file = run_dir / "pictures" / "views.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(pictures.view_grid([v[:12].float().cpu() for v in batch.views]))
+    metrics.picture(0, file)

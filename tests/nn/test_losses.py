@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raycon.nn import losses
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_infonce_by_hand() -> None:
+    query, key, queue = unit(3, 5), unit(3, 5, seed=1), unit(7, 5, seed=2)
+    logits = losses.queue_logits(query, key, queue, 0.3)
+    expected = 0.0
+    for i in range(3):
+        positive = math.exp(float(query[i] @ key[i]) / 0.3)
+        negatives = sum(math.exp(float(query[i] @ n) / 0.3) for n in queue)
+        expected -= math.log(positive / (positive + negatives)) / 3
+    assert float(losses.cross_entropy(logits, losses.first_column(logits))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_distribution_that_is_one_hot_equals_its_column() -> None:
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 3, 8, 1, 1, 4])
+    one_hot = F.one_hot(target, 9).float()
+    torch.testing.assert_close(losses.cross_entropy(logits, one_hot), losses.cross_entropy(logits, target))
+
+
+def test_an_excluded_candidate_changes_nothing() -> None:
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    target = torch.softmax(torch.randn(4, 5), 1)
+    wider = torch.cat([logits, torch.full((4, 2), -torch.inf)], 1).requires_grad_()
+    loss = losses.cross_entropy(wider, torch.cat([target, torch.zeros(4, 2)], 1))
+    torch.testing.assert_close(loss.detach(), losses.cross_entropy(logits, target))
+    loss.backward()
+    assert wider.grad is not None
+    assert torch.isfinite(wider.grad).all()
+
+
+def test_samples_are_distinct_allowed_and_fresh() -> None:
+    exclude = torch.tensor([3, 3, 40, 99])
+    ids, valid = losses.sample_excluding(90, 120, exclude, 50, seed=7)
+    assert valid.all()
+    assert len(set(ids.tolist())) == 50
+    assert not set(ids.tolist()) & {3, 40}
+    assert int(ids.max()) < 90
+    again, _ = losses.sample_excluding(90, 120, exclude, 50, seed=7)
+    other, _ = losses.sample_excluding(90, 120, exclude, 50, seed=8)
+    assert torch.equal(ids, again)
+    assert not torch.equal(ids, other)
+
+
+def test_samples_are_uniform_over_what_is_left() -> None:
+    counts = torch.zeros(20)
+    first = torch.zeros(20)
+    for seed in range(4000):
+        ids, _ = losses.sample_excluding(18, 20, torch.tensor([0, 5]), 4, seed)
+        counts[ids] += 1
+        first[ids[0]] += 1
+    allowed = [i for i in range(18) if i not in (0, 5)]
+    assert counts.sum() == counts[allowed].sum()
+    expected = 4000 * 4 / 16
+    chi2 = float(((counts[allowed] - expected) ** 2 / expected).sum())
+    assert chi2 < 32.8  # 15 degrees of freedom, p = 0.005
+    chi2 = float(((first[allowed] - 250) ** 2 / 250).sum())
+    assert chi2 < 32.8
+
+
+def test_fewer_are_left_than_asked_for() -> None:
+    ids, valid = losses.sample_excluding(6, 10, torch.tensor([0, 1, 2]), 5, seed=0)
+    assert sorted(ids[valid].tolist()) == [3, 4, 5]
+    assert valid.tolist() == [True, True, True, False, False]

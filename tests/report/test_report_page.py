@@ -1,0 +1,199 @@
+"""The report page: parsed, complete, self-contained, safe, and written whatever the state of the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from raycon import report
+from raycon.core.config import RunConfig, save_yaml
+from raycon.report import page, pictures
+from raycon.report.__main__ import main
+
+SECTIONS = {
+    "headline",
+    "evaluations",
+    "losses",
+    "learning-rate",
+    "clusters",
+    "health",
+    "speed",
+    "views",
+    "config",
+    "environment",
+    "command",
+}
+EVIL = "<script>alert('&')</script>"
+VOID = {"meta", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, the text, and a check that tags close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] not in (["style"], ["script"]):
+            self.words.append(data)
+
+    def charts(self) -> dict[str, dict[str, object]]:
+        """The points of each chart by the name in its picture's label."""
+        found: dict[str, dict[str, object]] = {}
+        figure: dict[str, object] | None = None
+        for tag, attributes in self.tags:
+            if tag == "figure":
+                figure = json.loads(attributes["data-chart"]) if "data-chart" in attributes else None
+            elif tag == "svg" and figure is not None:
+                found[attributes["aria-label"].split(".")[0]] = figure
+        return found
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run <1>"
+    (folder / "pictures").mkdir(parents=True)
+    save_yaml(RunConfig(recipe=EVIL), folder / "config.yaml")
+    lines: list[dict[str, object]] = [{"kind": "start", "step": 0, "steps": 100}]
+    for step in range(1, 101):
+        lines.append(
+            {"kind": "train", "step": step, "epoch": (step - 1) // 25, "steps": 100, "epochs": 4, "time": 1e9 + step}
+            | {"loss": 9.0 / step, "loss/instance": 5.0 / step, "loss/prototype": 4.0 / step, "lr": 0.1}
+            | {"health/std": 0.5, "health/effective_rank": 10.0, "images_per_s": 100.0, "accuracy": 3.0}
+            | {"time/step": 0.2, "time/data": 0.1}
+        )
+    lines.append({"kind": "train", "step": 50, "epoch": 1, "loss": math.nan})  # a step made again after a resume
+    lines.append({"kind": "snapshot", "step": 25, "epoch": 1, "version": 1, "seconds": 2.0, "embed_seconds": 1.0}
+                 | {"clusters/0/sizes_histogram": [[1, 2], [7, 3]], "index/0/used": 5})  # fmt: skip
+    lines.append({"kind": "event", "step": 30, "text": EVIL})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
+    evaluations = [
+        {"step": 0, "epoch": 0, "checkpoint": "", "control": "pixels", "results": {"knn/top1_k1": 70.0}, "failed": {}},
+        {"step": 50, "epoch": 2, "checkpoint": "50", "results": {"knn/top1_k1": 80.5}, "failed": {}},
+        {"step": 100, "epoch": 4, "checkpoint": "100", "results": {"knn/top1_k1": 88.25, "linear/failed": 1.0}}
+        | {"failed": {"linear": EVIL}},
+    ]
+    (folder / "evaluations.json").write_text(json.dumps(evaluations))
+    (folder / "environment.json").write_text(json.dumps({"torch": "9.9.9", "gpu": {"name": EVIL}}))
+    (folder / "command.txt").write_text(f"python -m raycon.pretrain '{EVIL}'\n")
+    (folder / "pictures" / "views.png").write_bytes(pictures.view_grid([torch.rand(4, 1, 8, 8)] * 2))
+    return folder
+
+
+def test_whole_page(run_dir: Path) -> None:
+    file = report.write(run_dir)
+    assert file == run_dir / "report.html"
+    text = file.read_text(encoding="utf-8")
+    read = Page(text)
+    assert {a["id"] for t, a in read.tags if t == "section"} == SECTIONS
+    assert len(text) < 10_000_000
+    shown = " ".join(" ".join(read.words).split())
+    assert "88.2" in shown
+    assert "pixels 70.0" in shown
+    assert "9.9.9" in shown
+    assert "finished" in shown
+    assert "You are data bound: 50% of a step" in shown
+    for tag, attributes in read.tags:
+        if tag == "svg":
+            assert attributes["role"] == "img"
+            assert attributes["aria-label"]
+        if tag == "img":
+            assert attributes["alt"]
+            assert attributes["src"].startswith("data:image/png;base64,")
+    assert [p.name for p in run_dir.iterdir() if p.name.startswith(".")] == []
+
+
+def test_charts_hold_the_numbers(run_dir: Path) -> None:
+    charts = Page(report.write(run_dir).read_text(encoding="utf-8")).charts()
+    loss = charts["loss"]["series"][0]["at"]  # type: ignore[index]
+    assert [x for x, _ in loss] == [s for s in range(1, 101) if s != 50]  # the step made again has no finite loss
+    assert dict(map(tuple, loss))[90] == pytest.approx(0.1)
+    assert set(charts["loss"]["axes"]) == {"lin", "log"}  # type: ignore[call-overload]
+    assert [s["name"] for s in charts["parts of the loss"]["series"]] == ["instance", "prototype"]  # type: ignore[attr-defined]
+    split = {s["name"]: s["at"][0][1] for s in charts["time of a step"]["series"]}  # type: ignore[attr-defined]
+    assert split == {"waiting for data": 100.0, "the rest of the step": 100.0}
+    sizes = {s["name"]: s["at"] for s in charts["clustering 0: 5 clusters, sizes over the run"]["series"]}  # type: ignore[attr-defined]
+    assert sizes == {"largest": [[25, 7]], "largest tenth": [[25, 7]], "median": [[25, 7]], "smallest": [[25, 1]]}
+    assert {"accuracy", "lr", "used", "knn: accuracy", "effective rank of the features"} <= set(charts)
+
+
+def test_nothing_from_elsewhere(run_dir: Path) -> None:
+    text = report.write(run_dir).read_text(encoding="utf-8")
+    assert re.findall(r"https?://", text) == []
+    assert "default-src 'none'" in text
+    for _, attributes in Page(text).tags:
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("#", "data:"))
+
+
+def test_html_in_values_is_text(run_dir: Path) -> None:
+    text = report.write(run_dir).read_text(encoding="utf-8")
+    assert EVIL not in text
+    read = Page(text)
+    assert sum(tag == "script" for tag, _ in read.tags) == 1
+    # As text: recipe, event, failure, environment and command.
+    assert " ".join(read.words).count(EVIL) == 5
+
+
+def test_empty_run(tmp_path: Path) -> None:
+    read = Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert {a["id"] for t, a in read.tags if t == "section"} == SECTIONS
+    assert "svg" not in {tag for tag, _ in read.tags}
+
+
+def test_broken_files_become_notes(tmp_path: Path) -> None:
+    (tmp_path / "evaluations.json").write_text("[{")
+    (tmp_path / "environment.json").write_text("3")
+    (tmp_path / "config.yaml").write_text("a: [")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": "x"}\n3\nnot json\n')
+    (tmp_path / "pictures").mkdir()
+    words = " ".join(Page(report.write(tmp_path).read_text(encoding="utf-8")).words)
+    assert "evaluations.json could not be read" in words
+    assert "config.yaml could not be read" in words
+
+
+def test_evaluations_from_the_metrics_when_there_is_no_file(run_dir: Path) -> None:
+    (run_dir / "evaluations.json").unlink()
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('\n{"kind": "evaluation", "step": 100, "epoch": 4, "time": 1.5, "linear/top1": 61.5}\n')
+    assert page.read(run_dir).evaluations == [
+        {"step": 100, "epoch": 4, "control": None, "results": {"linear/top1": 61.5}}
+    ]
+    assert "61.5" in report.write(run_dir).read_text(encoding="utf-8")
+
+
+def test_large_pictures_are_left_out(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "_PICTURE_BYTES", 100)
+    read = Page(report.write(run_dir).read_text(encoding="utf-8"))
+    assert "img" not in {tag for tag, _ in read.tags}
+    assert "views.png is left out" in " ".join(read.words)
+
+
+def test_program(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_dir)]) == 0
+    assert capsys.readouterr().out.strip() == str((run_dir / "report.html").resolve())
+    assert main([str(run_dir / "nowhere")]) == 1
+    assert "is not a run directory" in capsys.readouterr().err
