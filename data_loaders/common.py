@@ -164,7 +164,7 @@ def _centre(pixels: NDArray[np.uint8], spec: EvalSpec) -> NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     longer = int(spec.resize * max(height, width) / min(height, width))
     new_height, new_width = (longer, spec.resize) if width <= height else (spec.resize, longer)
-    top, left = 0, round((new_width - spec.size) / 2)
+    top, left = round((new_height - spec.size) / 2), round((new_width - spec.size) / 2)
     return _pil_resize(pixels, new_height, new_width)[top : top + spec.size, left : left + spec.size]
 
 

@@ -9,6 +9,7 @@ Shape letters: N rows of a block, Q queries, K centroids or neighbours, D featur
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -72,16 +73,24 @@ class TorchEngine:
         centroids = torch.tensor(centroids_KD, dtype=torch.float32)  # a copy: the array may be read-only
         squared_K = centroids.square().sum(1)
         parts = [slice(start, start + _CENTROIDS) for start in range(0, len(centroids), _CENTROIDS)]
+        score_buffer, equal_buffer = torch.empty(0), np.empty(0, dtype=bool)  # fresh memory would cost page faults
 
         def block(rows_ND: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            nonlocal score_buffer, equal_buffer
             rows = torch.from_numpy(rows_ND)
+            if len(score_buffer) < len(rows) * min(len(centroids), _CENTROIDS):
+                score_buffer = torch.empty(len(rows) * min(len(centroids), _CENTROIDS))
+                equal_buffer = np.empty(len(score_buffer), dtype=bool)
             best_N = np.full(len(rows), np.inf, dtype=np.float32)
             label_N = np.zeros(len(rows), dtype=np.int64)
             for part in parts:
-                score = torch.addmm(squared_K[part], rows, centroids[part].T, alpha=-2)
+                shape = (len(rows), len(squared_K[part]))
+                score = score_buffer[: math.prod(shape)].view(shape)
+                torch.addmm(squared_K[part], rows, centroids[part].T, alpha=-2, out=score)
                 # The minimum, then the first place it stands at: 2.4 times as fast as torch's min with indices.
                 value_N = score.amin(1).numpy()
-                place_N = np.equal(score.numpy(), value_N[:, None]).argmax(1)
+                equal = equal_buffer[: math.prod(shape)].reshape(shape)
+                place_N = np.equal(score.numpy(), value_N[:, None], out=equal).argmax(1)
                 closer_N = value_N < best_N
                 best_N[closer_N], label_N[closer_N] = value_N[closer_N], part.start + place_N[closer_N]
             sqdist_N = torch.from_numpy(best_N).add_(rows.square().sum(1)).clamp_min_(0)

@@ -7,12 +7,14 @@ the command line can list them without importing torch.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import functools
 import importlib
 import typing
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import raycon.core.config as core_config
 from raycon.core.config import ConfigError, MethodOptions
@@ -61,6 +63,15 @@ def options(name: str) -> type[MethodOptions]:
     assert isinstance(made, type)
     assert issubclass(made, MethodOptions)
     return made
+
+
+def configure(name: str, **values: Any) -> MethodOptions:
+    """The options of a method with some values set. Raises ConfigError for a method or an option that is not there."""
+    kind = options(name)
+    known = {f.name for f in dataclasses.fields(kind)}
+    if unknown := [v for v in values if v not in known]:
+        raise ConfigError([f"method {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}"])
+    return kind(**values)
 
 
 def _vocabulary() -> dict[str, object]:

@@ -12,8 +12,8 @@ def quickstart() -> RunConfig:
     python -m raycon.pretrain quickstart
     """
     return RunConfig(
-        method=methods.options("pcl")(
-            dim=64, queue=512, negatives=48, clusters=(60, 120, 240), warmup_epochs=20, momentum=0.99
+        method=methods.configure(
+            "pcl", dim=64, queue=512, negatives=48, clusters=(60, 120, 240), warmup_epochs=20, momentum=0.99
         ),
         model=ModelConfig(encoder="resnet10", width=16, stem="small"),
         data=DataConfig(name="digits", size=16, views="digits"),

@@ -21,7 +21,7 @@ def fashion_mnist_pcl() -> RunConfig:
     python -m raycon.pretrain fashion-mnist-pcl --scaling.gpus-per-worker 1
     """
     return RunConfig(
-        method=methods.options("pcl")(queue=16384, negatives=1024, clusters=(2500, 5000, 10000), warmup_epochs=20),
+        method=methods.configure("pcl", queue=16384, negatives=1024, clusters=(2500, 5000, 10000), warmup_epochs=20),
         model=ModelConfig(encoder="resnet18", stem="small"),
         data=DataConfig(name="fashion-mnist", size=28, views="fashion"),
         train=TrainConfig(epochs=200, batch=256, lr=0.06, weight_decay=5e-4, schedule="cosine"),
@@ -35,8 +35,8 @@ def fashion_mnist_pcl_cpu() -> RunConfig:
     python -m raycon.pretrain fashion-mnist-pcl-cpu
     """
     return RunConfig(
-        method=methods.options("pcl")(
-            queue=4096, negatives=256, clusters=(500, 1000, 1500), warmup_epochs=4, momentum=0.99
+        method=methods.configure(
+            "pcl", queue=4096, negatives=256, clusters=(500, 1000, 1500), warmup_epochs=4, momentum=0.99
         ),
         model=ModelConfig(encoder="resnet10", width=16, stem="small-stride2"),
         data=DataConfig(name="fashion-mnist", size=28, views="fashion"),
@@ -55,4 +55,4 @@ def fashion_mnist_moco_cpu() -> RunConfig:
     """
     from dataclasses import replace
 
-    return replace(fashion_mnist_pcl_cpu(), method=methods.options("moco")(queue=4096, momentum=0.99))
+    return replace(fashion_mnist_pcl_cpu(), method=methods.configure("moco", queue=4096, momentum=0.99))

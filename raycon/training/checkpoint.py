@@ -130,7 +130,7 @@ def steps(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that can be read (None when there is none), and what was wrong with newer ones."""
-    refused = []
+    refused: list[str] = []
     for path in reversed(steps(folder)):
         try:
             load(path)

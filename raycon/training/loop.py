@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,8 @@ def train(
         if dist.any_true(runtime.rank == 0 and evaluate and not evaluated(run_dir, step)):
             # The run died between this checkpoint and its evaluation.
             runtime.report({"step": step}, path if runtime.rank == 0 else None, evaluate=True)
-    started = {"steps": steps, "epochs": config.train.epochs, "world": runtime.world, "device": str(device)}
+    started: dict[str, Any] = {"steps": steps, "epochs": config.train.epochs, "world": runtime.world, "device": str(device)}
+    started |= {"pids": dist.gather_objects(os.getpid())}
     metrics.write("start", step, epoch=step // per_epoch, **started)
     net: nn.Module = method
     if runtime.world > 1:
@@ -98,7 +100,12 @@ def train(
                 guard.flush()
                 saved, evaluate = None, due_evaluation(config, step, per_epoch, steps)
                 if runtime.rank == 0:
-                    state = {"step": step, "epoch": step // per_epoch, "steps": steps, "per_epoch": per_epoch}
+                    state: dict[str, Any] = {
+                        "step": step,
+                        "epoch": step // per_epoch,
+                        "steps": steps,
+                        "per_epoch": per_epoch,
+                    }
                     state |= {"world": runtime.world, "method": config.method.name, "seed": config.seed}
                     state |= {"evaluate": evaluate}
                     saved = checkpoint.save(run_dir / "checkpoints", method, optimizer, snapshot, state)

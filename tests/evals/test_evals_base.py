@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import subprocess
 import sys
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -103,20 +104,21 @@ def test_append_results_refuses_what_it_did_not_write(tmp_path: Path) -> None:
     assert file.read_text() == "["
 
 
-def _append_ten(file: Path, first: int) -> None:
-    for step in range(first, first + 10):
+def _append_many(file: Path, first: int, start: Barrier) -> None:
+    start.wait(60)
+    for step in range(first, first + 25):
         evals.append_results(file, entry(step, {"knn/top1_k1": 1.0}))
 
 
 def test_append_results_from_several_processes(tmp_path: Path) -> None:
-    file = tmp_path / "evaluations.json"
-    spawn = multiprocessing.get_context("fork")
-    workers = [spawn.Process(target=_append_ten, args=(file, first)) for first in (0, 10, 20)]
+    file, fork = tmp_path / "evaluations.json", multiprocessing.get_context("fork")
+    start = fork.Barrier(4)
+    workers = [fork.Process(target=_append_many, args=(file, 25 * i, start)) for i in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
-    assert [e["step"] for e in evals.read_results(file)] == list(range(30))
+    assert [e["step"] for e in evals.read_results(file)] == list(range(100))
 
 
 def test_extract_by_row_in_evaluation_mode() -> None:

@@ -49,8 +49,8 @@ class Identity(nn.Module):
 def build(golden: Golden, dim: int, **options: object) -> pcl.PCL:
     """PCL whose networks are the identity: views are embeddings before normalisation."""
     settings = golden.settings
-    made = methods.options("pcl")(
-        queue=settings["r"], temperature=settings["T"], dim=dim, negatives=settings["r"], **options
+    made = methods.configure(
+        "pcl", queue=settings["r"], temperature=settings["T"], dim=dim, negatives=settings["r"], **options
     )
     method = pcl.PCL(made, Identity(dim), dim)
     method.student.head = nn.Identity()
@@ -181,8 +181,8 @@ def test_training_traces(golden_dir: Path) -> None:
     for g in golden_files(golden_dir, "pcl_train_trace*"):
         s = g.settings
         head = "mlp" if any("fc.0" in n for n in g.names()) else "linear"
-        options = methods.options("pcl")(
-            queue=s["r"], temperature=s["T"], dim=s["D"], momentum=s["m"], head=head, clusters=(4,)
+        options = methods.configure(
+            "pcl", queue=s["r"], temperature=s["T"], dim=s["D"], momentum=s["m"], head=head, clusters=(4,)
         )
         method = pcl.PCL(options, Tiny(), Tiny.features)
         put(method.student, g, "s0/encoder_q.")
@@ -211,7 +211,7 @@ def shuffled_step(folder: str) -> dict[str, torch.Tensor]:
     """One rank's part of the official two-process step."""
     (g,) = golden_files(Path(folder), "pcl_ddp2_step")
     rank, s = dist.rank(), g.settings
-    options = methods.options("pcl")(queue=s["r"], temperature=s["T"], dim=4, momentum=s["m"], head="linear")
+    options = methods.configure("pcl", queue=s["r"], temperature=s["T"], dim=4, momentum=s["m"], head="linear")
     method = pcl.PCL(options, Tiny(), Tiny.features)
     put(method.student, g, "init/encoder_q.")
     put(method.teacher.net, g, "init/encoder_k.")

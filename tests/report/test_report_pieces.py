@@ -36,6 +36,10 @@ def test_thinning_keeps_spikes_and_ends() -> None:
     assert len(thin) <= 1.1 * charts._MOST_POINTS
     assert {points[4321], points[7000], points[0], points[-1]} <= set(thin)
     assert thin == sorted(thin)
+    for length in (1, 7, 400, 401, 9999):
+        kept = charts._thin_at(length)
+        assert (kept[0], kept[-1]) == (0, length - 1)
+        assert len(kept) <= charts._MOST_POINTS + 1
 
 
 def test_moving_average_of_a_line_is_the_line() -> None:

@@ -67,8 +67,8 @@ class Small:
 def config(**changes: Any) -> RunConfig:
     base = RunConfig(
         runtime="local",
-        method=methods.options("pcl")(
-            dim=8, queue=32, negatives=4, clusters=(6, 9), warmup_epochs=1, momentum=0.9, refresh_epochs=2
+        method=methods.configure(
+            "pcl", dim=8, queue=32, negatives=4, clusters=(6, 9), warmup_epochs=1, momentum=0.9, refresh_epochs=2
         ),
         model=ModelConfig(encoder="resnet10", width=4, stem="small"),
         train=TrainConfig(epochs=4, batch=BATCH, lr=0.05, schedule="cosine"),
@@ -145,7 +145,7 @@ def test_the_stop_file_ends_with_a_checkpoint(tmp_path: Path) -> None:
 
 def test_learning_happens(tmp_path: Path) -> None:
     run = config(
-        method=methods.options("moco")(dim=16, queue=96, momentum=0.9),
+        method=methods.configure("moco", dim=16, queue=96, momentum=0.9),
         model=ModelConfig(encoder="resnet10", width=8, stem="small"),
         train=TrainConfig(epochs=12, batch=BATCH, lr=0.02, schedule="cosine"),
     )
@@ -171,14 +171,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match=r"train.epochs"):
         go(tmp_path / "a", config(train=TrainConfig(epochs=9, batch=BATCH)))
     with pytest.raises(checkpoint.CheckpointError, match=r"method.name"):
-        go(tmp_path / "a", config(method=methods.options("moco")(dim=8, queue=32)))
+        go(tmp_path / "a", config(method=methods.configure("moco", dim=8, queue=32)))
     with pytest.raises(checkpoint.CheckpointError, match="does not fit"):
         go(tmp_path / "a", config(model=ModelConfig(encoder="resnet10", width=8, stem="small")))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     """With BatchNorm in evaluation mode a sample's loss does not depend on its batch, so the parts must add up."""
-    run = config(method=methods.options("moco")(dim=8, queue=32))
+    run = config(method=methods.configure("moco", dim=8, queue=32))
     facts = job.Facts(ROWS, 0, (1, SIZE, SIZE), BATCH, 1, SIZE, 4)
     gradients, keys = [], []
     for parts in (1, 4):
