@@ -86,7 +86,7 @@ def _cluster(
     previous: Snapshot | None,
 ) -> Clustering:
     if mining.init == "warm" and previous is not None and position < len(previous.assignment):
-        label_N = previous.assignment[position].numpy()
+        label_N = previous.assignment[position].cpu().numpy()
         if len(label_N) == data.rows and len(previous.prototypes[position]) == k:
             return warm(fan_out, data, label_N, k, iterations=WARM_ITERATIONS, spherical=needs.spherical)
         logger.warning("the last snapshot's clustering %d has another size: starting from scratch", position)

@@ -303,7 +303,7 @@ def _pack(snapshot: Snapshot) -> tuple[Any, ...]:
     """A snapshot as numpy arrays: those travel through the object store without being copied."""
 
     def arrays(tensors: Any) -> list[Any]:
-        return [tensor.numpy() for tensor in tensors]
+        return [tensor.cpu().numpy() for tensor in tensors]
 
     neighbours = None if snapshot.neighbours is None else snapshot.neighbours.numpy()
     return (

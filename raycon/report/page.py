@@ -427,7 +427,10 @@ def _speed(run: Run) -> str:
     timed = [line for line in run.train if all(_is_number(line.get(n)) for n in ("time/step", *parts))]
     advice = ""
     if timed:
-        series = [Series(_PHASES.get(n, n.removeprefix("time/")), _points(timed, n, 1000.0)) for n in parts]
+        series = [
+            Series("waiting for data" if n == "time/data" else n.removeprefix("time/"), _points(timed, n, 1000.0))
+            for n in parts
+        ]
         rest = [(_at(line), 1000.0 * max(0.0, line["time/step"] - sum(line[n] for n in parts))) for line in timed]
         series.append(Series("the rest of the step" if parts else "step", rest))
         charts.append(stacked_chart("time of a step", series, "step", "ms"))
@@ -435,9 +438,6 @@ def _speed(run: Run) -> str:
             share = statistics.median(line["time/data"] / line["time/step"] for line in timed if line["time/step"] > 0)
             advice = _advice(share)
     return advice + _grid(charts, "No timing yet.")
-
-
-_PHASES = {"time/data": "waiting for data", "time/forward": "forward", "time/backward": "backward"}
 
 
 def _advice(waiting: float) -> str:

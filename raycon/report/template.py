@@ -72,7 +72,7 @@ th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=desce
 .note.warn { border-left-color: var(--bad); }
 .settings { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
   align-items: start; }
-.settings table { width: 100%; } .settings td:first-child { color: var(--soft); width: 46%; }
+.settings table { width: 100%; } .settings td:first-child { color: var(--soft); width: 56%; font-size: 13px; }
 details.box { padding: 0 12px; } #events { margin-top: 12px; } summary { cursor: pointer; padding: 7px 0; font-weight: 600; }
 details[open] { padding-bottom: 8px; }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; margin: 6px 0;

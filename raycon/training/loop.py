@@ -246,7 +246,11 @@ def refresh(
         method.train()
     assert snapshot.version == epoch
     seconds = time.perf_counter() - start
-    metrics.write("snapshot", step, epoch=epoch, version=epoch, seconds=seconds, embed_seconds=embedded, **found)
+    sizes = {}
+    for i, assignment in enumerate(snapshot.assignment):
+        of_size = assignment.bincount(minlength=len(snapshot.prototypes[i])).bincount()
+        sizes[f"clusters/{i}/sizes_histogram"] = [[s, n] for s, n in enumerate(of_size.tolist()) if n]
+    metrics.write("snapshot", step, epoch=epoch, version=epoch, seconds=seconds, embed_seconds=embedded, **found, **sizes)
     return snapshot
 
 

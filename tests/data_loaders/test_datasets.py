@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from raycon.data_loaders.datasets import fashion_mnist, names, open_dataset
 
 from raycon.core.config import ConfigError
+from raycon.data_loaders.datasets import fashion_mnist, names, open_dataset
 
 
 def test_a_file_is_a_registered_data_set() -> None:

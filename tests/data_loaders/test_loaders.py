@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from raycon.data_loaders import open_loader
-from raycon.data_loaders.common import StreamLoader
-from raycon.data_loaders.datasets import ArraySet, FileSet, ImageSet, open_dataset
 
 from raycon.core.config import ConfigError
 from raycon.core.stream import epoch_order, uniforms
 from raycon.core.types import Batch, LoaderPlan
+from raycon.data_loaders import open_loader
+from raycon.data_loaders.common import StreamLoader
+from raycon.data_loaders.datasets import ArraySet, FileSet, ImageSet, open_dataset
 from raycon.nn import views
 
 KINDS = ["torch", pytest.param("ffcv", marks=pytest.mark.ffcv), pytest.param("ray", marks=pytest.mark.ray)]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from raycon.data_loaders.datasets import ArraySet, ImageSet, open_dataset
-from raycon.data_loaders.write_ffcv import beton_problem, ensure_beton, main, write_beton
 
 from raycon.core.config import ConfigError
+from raycon.data_loaders.datasets import ArraySet, ImageSet, open_dataset
+from raycon.data_loaders.write_ffcv import beton_problem, ensure_beton, main, write_beton
 
 pytestmark = pytest.mark.ffcv
 

@@ -103,7 +103,7 @@ def test_the_run_directory_is_complete(undisturbed: Path) -> None:
 
 
 def test_two_torchrun_ranks_give_the_same_losses(undisturbed: Path, tmp_path: Path) -> None:
-    prefix = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--no-python")
+    prefix = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python")
     finished(tmp_path / "run", "--runtime=local", prefix=prefix)
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert same_weights(tmp_path / "run", undisturbed)
