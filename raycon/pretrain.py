@@ -17,7 +17,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -167,7 +168,7 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
             if config.runtime == "ray":
                 from raycon.on_ray import trainer
 
-                trainer.fit(config, run_dir, facts)
+                beside_signals(lambda: trainer.fit(config, run_dir, facts))
             else:
                 run_local(config, run_dir)
     return finish(config, run_dir, time.monotonic() - started)
@@ -233,6 +234,15 @@ def stop_on_signal(file: Path, resume: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def beside_signals(work: Callable[[], None]) -> None:
+    """Do ``work`` in a thread: Ray, in the main thread, would put its own signal handlers in place of ours."""
+    with ThreadPoolExecutor(1, thread_name_prefix="raycon-fit") as pool:
+        future = pool.submit(work)
+        while not future.done():
+            wait([future], timeout=0.5)  # returns to the interpreter, which then runs signal handlers
+        future.result()
+
+
 # --- checks and files -------------------------------------------------------------------------------------------
 
 
@@ -261,7 +271,9 @@ def absolute(config: RunConfig, run_dir: Path) -> RunConfig:
     """Ray's workers run elsewhere: every path is made absolute once, here."""
     root = str(Path(config.data.root).expanduser().absolute()) if config.data.root else ""
     cache = str(Path(config.data.cache or run_dir.parent / ".cache").expanduser().absolute())
-    weights = str(Path(config.model.weights).expanduser().absolute()) if config.model.weights else ""
+    weights = config.model.weights
+    if weights and not weights.startswith("torchvision:"):
+        weights = str(Path(weights).expanduser().absolute())
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(run_dir)),
@@ -293,8 +305,9 @@ def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world:
         except ConfigError as error:
             found += [p for p in error.problems if p not in found]
     found += loader_problems(config)
-    if config.model.weights and not Path(config.model.weights).is_file():
-        found.append(f"model.weights = {config.model.weights!r}: no such file")
+    weights = config.model.weights
+    if weights and not weights.startswith("torchvision:") and not Path(weights).is_file():
+        found.append(f"model.weights = {weights!r}: no such file")
     if config.runtime == "ray":
         import importlib.util
 

@@ -1,12 +1,12 @@
 """fashion-mnist: 70,000 Zalando articles, 28x28 gray, 10 classes (Xiao, Rasul, Vollgraf 2017), in idx files.
 
-Looked for in ``root``, then where Debian's package dataset-fashion-mnist puts them, then downloaded with torchvision.
+Looked for in ``root`` when it is given, else where Debian's package dataset-fashion-mnist puts them; what is missing is
+downloaded with torchvision.
 """
 
 from __future__ import annotations
 
 import gzip
-import logging
 import math
 import urllib.request
 import zlib
@@ -19,8 +19,6 @@ from raycon.core.config import ConfigError
 
 from ..common import file_lock
 from . import ArraySet, no_labels, unknown_split
-
-log = logging.getLogger(__name__)
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -79,11 +77,10 @@ def _file(folder: Path, stem: str) -> Path:
 
 def _find(root: Path | None, prefix: str) -> Path | None:
     stems = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
-    own = [root, root / "FashionMNIST" / "raw"] if root else []  # the second: torchvision's place
-    for folder in [*own, DEBIAN, _downloads() / "FashionMNIST" / "raw"]:
+    # A given root is meant: other data than asked for would be a surprise. Below "FashionMNIST" lie torchvision's files.
+    places = [root] if root else [DEBIAN, _downloads()]
+    for folder in [p for place in places for p in (place, place / "FashionMNIST" / "raw")]:
         if all(_file(folder, stem).is_file() for stem in stems):
-            if root and folder not in own:
-                log.warning("no Fashion-MNIST files in data.root = %s: using those in %s", root, folder)
             return folder
     return None
 
@@ -108,7 +105,7 @@ def _download(root: Path | None, prefix: str) -> Path:
             [
                 f"Fashion-MNIST was not found in data.root = {str(root or '')!r} nor in {DEBIAN}, and the download "
                 f"failed ({error}). Either install Debian's package (apt-get install dataset-fashion-mnist), or put "
-                "the four idx files in a folder and give --data.root FOLDER, or run where there is internet"
+                "the four idx files in a folder and give --data.root FOLDER, or run where there is internet: torchvision then downloads it"
             ]
         ) from error
     folder = _find(root, prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -109,6 +110,12 @@ def test_two_torchrun_ranks_give_the_same_losses(undisturbed: Path, tmp_path: Pa
     assert same_weights(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize("loader", [pytest.param("ffcv", marks=pytest.mark.ffcv), "ray"])
+def test_every_loader_gives_the_same_losses(undisturbed: Path, tmp_path: Path, loader: str) -> None:
+    finished(tmp_path / "run", f"--data.loader={loader}")
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
 def test_a_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Path) -> None:
     """kill -9 of one rank in the middle of an epoch with prototypes: the run recovers by itself, bit for bit."""
     folder = tmp_path / "run"
@@ -131,10 +138,8 @@ def test_a_killed_job_is_resumed(undisturbed: Path, tmp_path: Path) -> None:
         ranks = ranks_of(folder)
         os.killpg(process.pid, signal.SIGKILL)
         for rank in ranks:  # workers are in groups of their own
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
     resume = [sys.executable, "-m", "raycon.pretrain", "--resume", str(folder)]
     done = subprocess.run(resume, capture_output=True, text=True, env=environment(), timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
