@@ -7,8 +7,11 @@ Two paths. Images of one size travel to the device as they are, in uint8, and al
 batched; one read serves all views. Images of any size are cropped and resized on the CPU, view by view, with the box
 the counter stream draws; crops of one size travel, and the rest of the augmentation happens on the device.
 
+A view may also be of another image, that of a neighbour of the row: which one is drawn here too, and a reader is asked
+for the images of all of them at once, row by row.
+
 Shape letters: N rows of the data set, B rows of a batch on this rank, V views, S side of a view in pixels, H W height
-and width of a source image, C channels.
+and width of a source image, C channels, M rows of the stream, I images read per row: its own, then its neighbours'.
 """
 
 from __future__ import annotations
@@ -27,13 +30,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raycon.core.config import ConfigError
-from raycon.core.stream import batch_rows, epoch_order, shard_range, uniforms
-from raycon.core.types import Batch, Images, LoaderPlan
+from raycon.core.stream import batch_rows, epoch_order, key, shard_range, uniforms
+from raycon.core.types import Batch, Images, LoaderPlan, Snapshot
 from raycon.nn import views
-from raycon.nn.views import EvalSpec
+from raycon.nn.views import EvalSpec, ViewSpec
 
 from .datasets import ImageSet
 
+_NEIGHBOUR = 0x4E16
 SCAN_ROWS = 256
 """Least rows per block of ``scan``, where no batch size is asked for."""
 
@@ -46,7 +50,7 @@ class Block(NamedTuple):
     label: NDArray[np.int64]
     """(B,) weak labels."""
     image: NDArray[np.uint8]
-    """(B, H, W, C) whole images of one size; or (B, P): each row's views, cropped, one after the other."""
+    """(B, I, H, W, C) whole images of one size; or (B, P): each row's views, cropped, one after the other."""
 
 
 class StreamLoader(ABC):
@@ -67,15 +71,15 @@ class StreamLoader(ABC):
         self.steps = self.rows // plan.batch
         self.local = plan.batch // plan.world
 
-    def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int = 0, snapshot: Snapshot | None = None) -> Iterator[Batch]:
         """See core/types.py. Raises ValueError naming an image that cannot be read."""
         plan = self.plan
-        for block in self._blocks(self._train_rows(epoch, first_step), self.local, epoch):
+        rows = self._train_rows(epoch, first_step, snapshot)
+        source_MI = sources(plan, rows, epoch, None if snapshot is None else snapshot.neighbours)
+        for block in self._blocks(source_MI, self.local, epoch):
             image = torch.from_numpy(block.image).to(plan.device)
             if self.dataset.image is not None:
-                made = views.batch_views(
-                    image.permute(0, 3, 1, 2), block.row, plan.specs, plan.seed, epoch, plan.channels_last
-                )
+                made = self._views(image.permute(0, 1, 4, 2, 3), block.row, epoch)
             else:
                 made = self._finish(image, block.row, epoch)
             yield Batch(
@@ -86,10 +90,10 @@ class StreamLoader(ABC):
         """See core/types.py. Raises ValueError naming an image that cannot be read."""
         plan, spec = self.plan, self.plan.eval_spec
         rows = np.arange(*shard_range(self.rows, plan.rank, plan.world))
-        for block in self._blocks(rows, max(self.local, SCAN_ROWS), None):
+        for block in self._blocks(rows[:, None], max(self.local, SCAN_ROWS), None):
             image = torch.from_numpy(block.image).to(plan.device)
             if self.dataset.image is not None:
-                image = image.permute(0, 3, 1, 2)
+                image = image[:, 0].permute(0, 3, 1, 2)
             else:  # resized and cut out already
                 image = _square(image, spec.size)
                 spec = dataclasses.replace(spec, resize=spec.size)
@@ -99,21 +103,39 @@ class StreamLoader(ABC):
         """Give back processes and files, where there are any; the loader is not used afterwards."""
 
     @abstractmethod
-    def _blocks(self, rows: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
-        """``rows`` in their order, ``size`` at a time, the last block with what is left; epoch None: for ``scan``."""
+    def _blocks(self, source_MI: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
+        """M rows of the stream in their order, ``size`` at a time, the last block with what is left; epoch None: for
+        ``scan``. Column 0 has the row itself, the others the rows whose images are read with it."""
 
-    def _train_rows(self, epoch: int, first_step: int) -> NDArray[np.int64]:
+    def _train_rows(self, epoch: int, first_step: int, snapshot: Snapshot | None) -> NDArray[np.int64]:
         """The rows of this rank from ``first_step`` to the end of the epoch, ``self.local`` per step."""
         plan, order = self.plan, epoch_order(self.plan.seed, epoch, self.rows)
+        if plan.group > 1 and plan.group_by_label:
+            weak = self.dataset.weak
+            order = grouped(order, np.where(weak < 0, -1 - np.arange(len(weak)), weak), plan.group)
+        elif plan.group > 1 and snapshot is not None and snapshot.assignment:
+            order = grouped(order, snapshot.assignment[0].numpy(), plan.group)
         parts = [batch_rows(order, step, plan.batch, plan.rank, plan.world) for step in range(first_step, self.steps)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def _views(self, images_BICHW: Tensor, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
+        """The views of whole images."""
+        plan, specs = self.plan, specs_of(self.plan, epoch)
+        own = len(specs) - plan.neighbour_views
+        made = views.batch_views(images_BICHW[:, 0], rows, specs[:own], plan.seed, epoch, plan.channels_last)
+        for view in range(own, len(specs)):
+            numbers = uniforms(plan.seed, epoch, rows, view, views.SLOTS)
+            params = views.draw(specs[view], numbers, *images_BICHW.shape[3:])
+            images = images_BICHW[:, 1 + view - own]
+            made += (views.make_view(images, specs[view], params, plan.channels_last),)
+        return made
+
     def _finish(self, crops_BP: Tensor, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
         """The views of crops that ``crops_of`` made: what is left is the flip and the colours."""
-        plan = self.plan
-        parts = crops_BP.split([len(self.dataset.mean) * spec.size**2 for spec in plan.specs], dim=1)
+        plan, specs = self.plan, specs_of(self.plan, epoch)
+        parts = crops_BP.split([len(self.dataset.mean) * spec.size**2 for spec in specs], dim=1)
         made = []
-        for view, (spec, part) in enumerate(zip(plan.specs, parts, strict=True)):
+        for view, (spec, part) in enumerate(zip(specs, parts, strict=True)):
             numbers = uniforms(plan.seed, epoch, rows, view, views.SLOTS)
             params = views.draw(spec, numbers, spec.size, spec.size)  # the box, made for another size, is not used
             crop = _square(part, spec.size)
@@ -121,36 +143,81 @@ class StreamLoader(ABC):
         return tuple(made)
 
 
-def read_block(dataset: ImageSet, plan: LoaderPlan, rows: NDArray[np.int64], epoch: int | None) -> Block:
+def specs_of(plan: LoaderPlan, epoch: int) -> tuple[ViewSpec, ...]:
+    """The views of an epoch."""
+    return plan.warmup_specs if epoch < plan.warmup_epochs else plan.specs
+
+
+def grouped(order_N: NDArray[np.int64], cluster_N: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """An order of the rows 0..N-1 in which each ``size`` rows, from the first on, are of one cluster as far as possible.
+
+    order_N: a random order; which rows of a cluster come together, and when, follows from it. What is left over of
+    each cluster fills groups of its own among the others.
+    """
+    by_cluster = order_N[np.argsort(cluster_N[order_N], kind="stable")]
+    _, first, count = np.unique(cluster_N[by_cluster], return_index=True, return_counts=True)
+    whole = np.arange(len(order_N)) - np.repeat(first, count) < np.repeat(count // size * size, count)
+    left = np.ones(len(order_N), dtype=bool)
+    left[by_cluster[whole]] = False
+    rest = order_N[left[order_N]]
+    cut = len(rest) // size * size
+    groups = np.concatenate([by_cluster[whole], rest[:cut]]).reshape(-1, size)
+    # Each group where its first row stood.
+    place = np.empty_like(order_N)
+    place[order_N] = np.arange(len(order_N))
+    return np.concatenate([groups[np.argsort(place[groups[:, 0]])].reshape(-1), rest[cut:]])
+
+
+def sources(plan: LoaderPlan, row_M: NDArray[np.int64], epoch: int, neighbours_NK: Tensor | None) -> NDArray[np.int64]:
+    """(M, I) the rows whose images are read: the row itself, then for each neighbour view one of its neighbours.
+
+    Which of the K is a function of (seed, epoch, row, view), uniform. Without neighbours: the row itself again.
+    """
+    columns = [row_M]
+    for view in range(len(plan.specs) - plan.neighbour_views, len(plan.specs)):
+        if neighbours_NK is None:
+            columns.append(row_M)
+            continue
+        # A stream of its own, so that the views keep their numbers.
+        u_M = uniforms(key(plan.seed, _NEIGHBOUR), epoch, row_M, view, 1)[:, 0].astype(np.float64)
+        choice_M = (u_M * neighbours_NK.shape[1]).astype(np.int64)
+        columns.append(neighbours_NK.cpu().numpy()[row_M, choice_M])
+    return np.stack(columns, axis=1)
+
+
+def read_block(dataset: ImageSet, plan: LoaderPlan, source_BI: NDArray[np.int64], epoch: int | None) -> Block:
     """Rows read by the data set itself; crops when its images have many sizes. Raises ValueError naming the image."""
+    rows = source_BI[:, 0]
     if dataset.image is not None:
-        image = dataset.block(rows)
+        image = dataset.block(source_BI.reshape(-1))
+        image = image.reshape(*source_BI.shape, *image.shape[1:])
     else:
-        image = crops_of((dataset.read(row) for row in rows.tolist()), plan, rows, epoch)
+        image = crops_of((dataset.read(row) for row in source_BI.reshape(-1).tolist()), plan, rows, epoch)
     return Block(rows, dataset.weak[rows], image)
 
 
 def crops_of(
     images: Iterable[NDArray[np.uint8]], plan: LoaderPlan, rows: NDArray[np.int64], epoch: int | None
 ) -> NDArray[np.uint8]:
-    """(B, P) uint8: of each image (H, W, C), in the order of ``rows``, all views' (S, S, C) crops one after the other.
+    """(B, P) uint8: per row, in the order of ``rows``, all views' (S, S, C) crops one after the other.
 
-    Resized like PIL does, rounded to whole grey values. For epoch None the evaluation view's crop.
+    images: (H, W, C) each, B x I of them: after a row's own image those for its neighbour views. Resized like PIL does,
+    rounded to whole grey values. For epoch None the evaluation view's crop.
     """
-    specs = plan.specs if epoch is not None else ()
-    numbers = [uniforms(plan.seed, epoch or 0, rows, view, views.SLOTS) for view in range(len(specs))]
+    images = iter(images)
+    if epoch is None:
+        return np.stack([_centre(pixels, plan.eval_spec).reshape(-1) for pixels in images])
+    specs = specs_of(plan, epoch)
+    numbers = [uniforms(plan.seed, epoch, rows, view, views.SLOTS) for view in range(len(specs))]
     crops = []
-    for at, pixels in enumerate(images):
-        height, width = pixels.shape[:2]
-        if epoch is None:
-            parts = [_centre(pixels, plan.eval_spec)]
-        else:
-            boxes = [
-                views.draw(spec, number[at : at + 1], height, width).box[0]
-                for spec, number in zip(specs, numbers, strict=True)
-            ]
-            parts = [_resized(pixels, box, spec.size) for spec, box in zip(specs, boxes, strict=True)]
-        crops.append(np.concatenate([part.reshape(-1) for part in parts]))
+    for at in range(len(rows)):
+        pixels, parts = next(images), []
+        for view, spec in enumerate(specs):
+            if view >= len(specs) - plan.neighbour_views:
+                pixels = next(images)
+            box = views.draw(spec, numbers[view][at : at + 1], *pixels.shape[:2]).box[0]
+            parts.append(_resized(pixels, box, spec.size).reshape(-1))
+        crops.append(np.concatenate(parts))
     return np.stack(crops)
 
 

@@ -37,7 +37,9 @@ class FfcvLoader(StreamLoader):
         self._reader = _open(self._file, self.local, plan.workers, dataset.image is not None)
         self._content = np.memmap(self._file, np.uint8, mode="r")
 
-    def _blocks(self, rows: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
+    def _blocks(self, source_MI: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
+        rows, images = source_MI.reshape(-1), source_MI.shape[1]
+        size *= images
         # FFCV's Loader looks at these two when an iteration starts. It takes no order of one's own any other way: its
         # argument of that name only accepts an instance that is also callable.
         self._reader.traversal_order, self._reader.batch_size = _Order(rows), size
@@ -48,8 +50,10 @@ class FfcvLoader(StreamLoader):
                 row, label = row[:, 0].copy(), label[:, 0].copy()
                 assert np.array_equal(row, rows[first : first + size]), "FFCV delivered other rows than were asked for"
                 if self.dataset.image is None:
-                    image = crops_of(self._decoded(image, row), self.plan, row, epoch)
-                yield Block(row, label, image)
+                    image = crops_of(self._decoded(image, row), self.plan, row[::images], epoch)
+                else:
+                    image = image.reshape(-1, images, *image.shape[1:])
+                yield Block(row[::images], label[::images], image)
         finally:
             batches.close()
             while batches.is_alive():  # stopped early: its thread may be waiting for room to deliver in

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from raycon.core.types import LoaderPlan
 
-from .common import Block, StreamLoader, read_block
+from .common import Block, StreamLoader, read_block, specs_of
 from .datasets import ImageSet
 
 log = logging.getLogger(__name__)
@@ -44,15 +44,16 @@ class RayDataLoader(StreamLoader):
         self._source = ray.put((dataset, plan))  # once, not with every task
         self._cpus = _cpus_per_task(plan.world)
 
-    def _blocks(self, rows: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
+    def _blocks(self, source_MI: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
         per_task = max(1, BLOCK_BYTES // self._row_bytes(epoch))
         per_dataset = max(1, TASKS * per_task // size) * size
-        for first in range(0, len(rows), per_dataset):
-            part = rows[first : first + per_dataset]
+        for first in range(0, len(source_MI), per_dataset):
+            part = source_MI[first : first + per_dataset]
             yield from self._run(np.array_split(part, math.ceil(len(part) / per_task)), size, epoch)
 
     def _run(self, blocks: list[NDArray[np.int64]], size: int, epoch: int | None) -> Iterator[Block]:
-        source = ray.data.from_blocks([pyarrow.table({"row": rows}) for rows in blocks])
+        tables = [pyarrow.table({f"image{i}": rows for i, rows in enumerate(block.T)}) for block in blocks]
+        source = ray.data.from_blocks(tables)
         context = source.context
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
@@ -72,15 +73,15 @@ class RayDataLoader(StreamLoader):
     def _row_bytes(self, epoch: int | None) -> int:
         """Bytes that come back per row."""
         if self.dataset.image is not None:
-            return math.prod(self.dataset.image)
-        specs = self.plan.specs if epoch is not None else (self.plan.eval_spec,)
+            return math.prod(self.dataset.image) * (1 if epoch is None else 1 + self.plan.neighbour_views)
+        specs = specs_of(self.plan, epoch) if epoch is not None else (self.plan.eval_spec,)
         return sum(len(self.dataset.mean) * spec.size**2 for spec in specs)
 
 
 def _read(batch: dict[str, NDArray[np.int64]], source: Any, epoch: int | None) -> dict[str, NDArray[Any]]:
-    """In a task: a block of rows in, the same rows with what was read out."""
+    """In a task: a block of rows in (a column per image to read), the same rows with what was read out."""
     dataset, plan = ray.get(source)
-    return read_block(dataset, plan, batch["row"], epoch)._asdict()
+    return read_block(dataset, plan, np.stack([batch[f"image{i}"] for i in range(len(batch))], axis=1), epoch)._asdict()
 
 
 def _cpus_per_task(world: int) -> float:

@@ -22,7 +22,7 @@ from .datasets import ImageSet
 log = logging.getLogger(__name__)
 
 Job = tuple["int | None", NDArray[np.int64]]
-"""An epoch (None: scan) and the rows to read: what a helper process is sent."""
+"""An epoch (None: scan) and the rows to read (B, I): what a helper process is sent."""
 
 
 class TorchLoader(StreamLoader):
@@ -49,8 +49,8 @@ class TorchLoader(StreamLoader):
     def close(self) -> None:
         self._helpers = None
 
-    def _blocks(self, rows: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
-        self._jobs.rows, self._jobs.size, self._jobs.epoch = rows, size, epoch
+    def _blocks(self, source_MI: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
+        self._jobs.rows, self._jobs.size, self._jobs.epoch = source_MI, size, epoch
         if self._helpers is None:
             return (read_block(self.dataset, self.plan, part, epoch) for _, part in self._jobs)
         return (Block(*(part.numpy() for part in block)) for block in self._helpers)

@@ -159,6 +159,10 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
         logger.info("run directory: %s", run_dir)
     dist.barrier()
     (run_dir / STOP_FILE).unlink(missing_ok=True)
+    if config.runtime == "ray":
+        from raycon.on_ray import trainer
+
+        trainer.connect()  # here, in the main thread, before our signal handlers take the place of Ray's
     started = time.monotonic()
     with stop_on_signal(run_dir / STOP_FILE, f"python -m raycon.pretrain --resume {run_dir}"):
         if dist.rank() != 0:
@@ -166,8 +170,6 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
             return 0
         with log.Follower(run_dir / "metrics.jsonl", log.display(config.log.quiet)):
             if config.runtime == "ray":
-                from raycon.on_ray import trainer
-
                 beside_signals(lambda: trainer.fit(config, run_dir, facts))
             else:
                 run_local(config, run_dir)

@@ -22,7 +22,7 @@ class Golden:
         with np.load(file) as data:
             self._arrays = {k: data[k] for k in data.files}
         self.about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        self.settings: dict[str, Any] = self.about["settings"]
+        self.settings: dict[str, Any] = self.about.get("settings", {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return torch.as_tensor(np.array(self._arrays[name]))

@@ -117,12 +117,13 @@ class TrainConfig:
     """Of SGD and LARS."""
     nesterov: bool = False
     weight_decay: float = 1e-4
-    decay: Literal["all", "no-bias-bn"] = "all"
-    """Which parameters decay: all, or all but biases and normalisation layers (by module type)."""
+    decay: Literal["all", "no-bias-bn", "no-1d", "no-bias-bn-by-name"] = "all"
+    """What decays and LARS rescales: all; not biases and normalisation layers (by type, or by name as WCL); not vectors."""
     trust: float = 0.001
     """LARS trust coefficient."""
-    schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine"
-    """cosine: per step to 0; cosine-epoch: PCL's and MoCo's, once per epoch, never 0; step: x0.1 at milestones."""
+    schedule: Literal["cosine", "cosine-closed", "cosine-epoch", "step", "constant"] = "cosine"
+    """cosine: per step to 0; cosine-closed: SCE's, warm-up one step shorter; cosine-epoch: PCL's and MoCo's, once per
+    epoch, never 0; step: x0.1 at milestones."""
     milestones: tuple[int, ...] = (120, 160)
     """Epochs at which ``step`` multiplies the learning rate by 0.1."""
     warmup_epochs: float = 0.0
@@ -414,6 +415,7 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
         f"train.warmup_epochs = {train.warmup_epochs} leaves nothing of train.epochs = {train.epochs}",
     )
     require(train.accumulate >= 1, f"train.accumulate = {train.accumulate}: give 1 or more")
+    require(train.trust > 0, f"train.trust = {train.trust}: give a number above 0")
     require(train.clip >= 0, f"train.clip = {train.clip}: give 0 (off) or more")
     parts = facts.world * max(train.accumulate, 1)
     require(

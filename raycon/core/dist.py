@@ -62,6 +62,15 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     return out
 
 
+def gather_own_gradient(x: Tensor) -> Tensor:
+    """Like ``gather``, but this rank's rows are ``x`` itself with its gradient; those of other ranks are constants."""
+    if world() == 1:
+        return x
+    parts = list(gather(x).chunk(world()))
+    parts[rank()] = x
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def mean(values: Tensor) -> Tensor:
     """The mean of a tensor over the ranks."""

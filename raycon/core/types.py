@@ -32,7 +32,14 @@ class Needs:
     """A method's shopping list: the loop buys, the method never shops."""
 
     views: tuple[str, ...] = ("strong", "strong")
-    """The name of the ViewSpec of each view, in order."""
+    """The name of the ViewSpec of each view, in order. A view "neighbour" is of the image of a neighbour of the row, one
+    of the ``neighbours`` in the snapshot (before there is one: of the row itself)."""
+    warmup_views: tuple[str, ...] = ()
+    """In the first ``warmup_view_epochs`` epochs these take the place of ``views``; as many."""
+    warmup_view_epochs: int = 0
+    group: int = 1
+    """Put rows of one cluster of the snapshot's first clustering (of one weak label, when ``labels``) into a batch in
+    groups of so many; 1: a plain shuffle."""
     labels: bool = False
     """Weak labels are used; a data set without them is an error at start-up."""
     clusterings: tuple[int, ...] = ()
@@ -122,13 +129,19 @@ class Images(NamedTuple):
 class Loader(Protocol):
     """One contract for FFCV, Ray Data and torch: same rows, same order, same view parameters."""
 
+    kind: str
+    """ffcv, ray or torch: which one "auto" chose."""
     rows: int
     """N."""
     steps: int
     """Batches per epoch on this rank (drop-last)."""
 
-    def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from ``first_step`` on: a pure function of (seed, epoch, rank, world)."""
+    def train(self, epoch: int, first_step: int = 0, snapshot: Snapshot | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from ``first_step`` on: a pure function of (seed, epoch, rank, world, snapshot).
+
+        snapshot: its neighbours are what views of a neighbour's image are drawn from (without: of the row itself), its
+        first clustering what rows are grouped by.
+        """
         ...
 
     def scan(self) -> Iterator[Images]:
@@ -172,6 +185,8 @@ class Runtime(Protocol):
     world: int
     device: torch.device
     index: FeatureIndex
+    refused: list[str]
+    """What was wrong with newer checkpoints than the one ``restore`` gave."""
 
     def restore(self) -> Path | None:
         """The checkpoint to go on from, None at the beginning."""
@@ -195,6 +210,15 @@ class LoaderPlan:
 
     specs: tuple[Any, ...]
     """One raycon.nn.views.ViewSpec per training view."""
+    warmup_specs: tuple[Any, ...] = ()
+    """Those of the first ``warmup_epochs`` epochs, as many."""
+    warmup_epochs: int = 0
+    neighbour_views: int = 0
+    """The last so many views are of a neighbour's image, see ``Loader.train``."""
+    group: int = 1
+    """``Needs.group``."""
+    group_by_label: bool = False
+    """Of one weak label, not of one cluster of the snapshot."""
     eval_spec: Any
     """The ViewSpec of ``scan``: resize and centre crop, no randomness."""
     batch: int

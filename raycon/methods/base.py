@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -26,6 +26,12 @@ class Method(nn.Module, ABC):
     bf16 = False
     """Set by the loop: run the networks (not the similarities) under bf16 autocast."""
 
+    ranks_agree = False
+    """The gradient averaged over W ranks is that of one process with the whole batch (BatchNorm aside)."""
+
+    unused_parameters = False
+    """Set by a method of which some parameters get no gradient in some steps: DDP must then look for them."""
+
     def __init__(self, options: MethodOptions) -> None:
         super().__init__()
         self.needs: Needs = options.needs()
@@ -33,6 +39,12 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, mined: Mined) -> Output:
         """The loss of this rank's batch. Changes no state but BatchNorm's running statistics."""
+
+    def before_training(self, batches: Iterator[Batch], seed: int) -> None:
+        """Called once before the first step of a run (not when it goes on): fill a queue from training batches, say.
+
+        ``batches`` never ends: epochs that the run itself does not see. Every rank takes equally many.
+        """
 
     def after_step(self, keep: Mapping[str, Tensor], progress: Progress) -> None:
         """EMA, queue: the only place where a method's state changes. ``keep`` is what forward left in Output."""
@@ -45,11 +57,17 @@ class Method(nn.Module, ABC):
     def encoder(self) -> nn.Module:
         """What evaluations and users receive: (B, C, H, W) -> (B, F)."""
 
-    def embed(self, net: nn.Module, images: Tensor) -> Tensor:
+    def embed(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """(B, D) float32 unit length; the network runs in bf16 when asked, what follows in float32."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             out = net(images)
         return F.normalize(out.float(), dim=1)
+
+    def embed_each(self, net: Callable[[Tensor], Iterable[Tensor]], images: Tensor) -> tuple[Tensor, ...]:
+        """``embed`` for a network with several heads: one (B, D) float32 of unit length per head."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            outs = net(images)
+        return tuple(F.normalize(out.float(), dim=1) for out in outs)
 
     @torch.no_grad()
     def embed_shuffled(self, net: nn.Module, images: Tensor, permutation: NDArray[np.int64] | None) -> Tensor:

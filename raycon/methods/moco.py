@@ -47,6 +47,8 @@ class Options(MethodOptions):
 
 
 class MoCo(Method):
+    ranks_agree = True
+
     def __init__(self, options: Options, encoder: nn.Module, features: int) -> None:
         super().__init__(options)
         self.options = options

@@ -5,12 +5,16 @@ similarity distribution. A candidate builder makes logits; a target builder says
 
     InfoNCE (MoCo, SimCLR)      the other view             one-hot
     ProtoNCE (PCL)              prototypes                 one-hot, temperature per column
+    ReSSL, SCE                  the queue (and own key)    softmax of the teacher, mixed with one-hot
+    SupCon, Cl-InfoNCE, WCL     the other rows             uniform over those of the same label, cluster, component
 
 Pure functions: no state, device and dtype from the inputs, embeddings of unit length unless said otherwise.
 Legend: B rows of this batch, D embedding width, K queue entries, C candidates, P prototypes, R negatives.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +26,26 @@ from torch import Tensor
 def queue_logits(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float) -> Tensor:
     """(B, 1+K): the query's own key in column 0, then the queue (MoCo, arXiv 1911.05722, eq. 1)."""
     positive_B1 = (query_BD * key_BD).sum(1, keepdim=True)
-    return torch.cat([positive_B1, query_BD @ queue_KD.T], dim=1) / temperature
+    return torch.cat([positive_B1, query_BD @ queue_KD.T], dim=1).div_(temperature)
 
 
 def prototype_logits(query_BD: Tensor, prototype_CD: Tensor, concentration_C: Tensor) -> Tensor:
     """(B, C): similarity to each prototype over that prototype's own concentration (PCL, arXiv 2005.04966, eq. 11)."""
     return query_BD @ prototype_CD.T / concentration_C
+
+
+def pair_logits(query_BD: Tensor, key_CD: Tensor, temperature: float, own_B: Tensor | None = None) -> Tensor:
+    """(B, C): every query with every key of a batch; key ``own_B[i]`` is query i itself and no candidate of it (-inf).
+
+    SimCLR (arXiv 2002.05709, eq. 1), SupCon (arXiv 2004.11362, eq. 2), WCL (arXiv 2110.04770).
+    """
+    logits_BC = query_BD @ key_CD.T / temperature
+    return logits_BC if own_B is None else logits_BC.scatter(1, own_B[:, None], -torch.inf)
+
+
+def own_columns(query_BD: Tensor, rank: int) -> Tensor:
+    """(B,) int64: where this rank's rows are among the rows of all ranks, gathered in rank order."""
+    return torch.arange(len(query_BD), device=query_BD.device) + rank * len(query_BD)
 
 
 # --- targets ----------------------------------------------------------------------------------------------------
@@ -43,6 +61,83 @@ def diagonal(logits_BC: Tensor) -> Tensor:
     return torch.arange(len(logits_BC), device=logits_BC.device)
 
 
+def own_and(weight_BK: Tensor) -> Tensor:
+    """(B, 1+K) rows that sum to 1: the own key (column 0) with weight 1 beside weights >= 0 of the queue.
+
+    Weights 0 / 1 by class are SupCon over a queue (MaskCon's "grafit"), soft ones are MaskCon's target.
+    """
+    target_BC = weight_BK.new_ones(len(weight_BK), 1 + weight_BK.shape[1], dtype=torch.float32)
+    target_BC[:, 1:] = weight_BK
+    return target_BC.div_(target_BC.sum(1, keepdim=True))
+
+
+def toward_own(target_BC: Tensor, weight: float) -> Tensor:
+    """weight * target + (1 - weight) * one-hot of column 0."""
+    mixed_BC = weight * target_BC
+    mixed_BC[:, 0] += 1 - weight
+    return mixed_BC
+
+
+@torch.no_grad()
+def masked_similarity(
+    key_BD: Tensor, queue_KD: Tensor, mask_BK: Tensor, temperature: float, official: bool = False
+) -> Tensor:
+    """(B, K) in [0, 1]: exp(key . queue / temperature) where the mask holds, over the largest of the row; 0 elsewhere.
+
+    The soft labels of MaskCon (arXiv 2303.12756); a row of which nothing is in the mask is 0. ``official``: as
+    the paper's code computes it, the maximum taken over masked similarities of 0 too. That gives the same numbers but
+    where all similarities of the mask are far below 0 (underflow), and NaN for rows of which nothing is left.
+    """
+    similarity_BK = (key_BD @ queue_KD.T).div_(temperature)
+    if official:
+        similarity_BK = similarity_BK * mask_BK
+        weight_BK = (similarity_BK - similarity_BK.amax(1, keepdim=True)).exp() * mask_BK
+        weight_BK = weight_BK / weight_BK.sum(1, keepdim=True)
+        return weight_BK / weight_BK.amax(1, keepdim=True)
+    similarity_BK.masked_fill_(~mask_BK, -torch.inf)
+    largest_B1 = similarity_BK.amax(1, keepdim=True)
+    return similarity_BK.sub_(torch.where(largest_B1 == -torch.inf, 0.0, largest_B1)).exp_()
+
+
+def other_view(query_BD: Tensor, rank: int) -> Tensor:
+    """(B,) int64: where the other view of each row is, when a rank's rows are B/2 first views, then the B/2 second."""
+    local = len(query_BD)
+    return (torch.arange(local, device=query_BD.device) + local // 2) % local + rank * local
+
+
+def same_cluster(id_B: Tensor, id_C: Tensor, own_B: Tensor | None = None) -> Tensor:
+    """(B, C) bool: candidates whose cluster (any integer) is the row's; not candidate ``own_B[i]``, row i itself."""
+    positive_BC = id_B[:, None] == id_C[None, :]
+    return positive_BC if own_B is None else positive_BC.scatter(1, own_B[:, None], False)
+
+
+def unlabelled_alone(label_B: Tensor, row_B: Tensor) -> Tensor:
+    """(B,) int64 cluster ids: the label, or where there is none (-1) a negative number that only this row has."""
+    return torch.where(label_B < 0, -1 - row_B, label_B)
+
+
+def uniform_over(positive_BC: Tensor) -> Tensor:
+    """(B, C) float32: equal weights over a row's positives, so that the mean is taken outside of the logarithm
+    (SupCon's L_out, arXiv 2004.11362, eq. 2). A row without positives gets zeros: it adds nothing to the loss.
+    """
+    positive_BC = positive_BC.float()
+    return positive_BC / positive_BC.sum(1, keepdim=True).clamp_min(1)
+
+
+@torch.no_grad()
+def relational_target(teacher_BC: Tensor, own_B: Tensor, weight: float) -> Tensor:
+    """(B, C): weight * one-hot of column ``own_B`` + (1 - weight) * softmax of the teacher's logits (0 <= weight <= 1).
+
+    ReSSL with weight 0 (arXiv 2107.09282, eq. 4), SCE (arXiv 2111.14585). Candidates with the logit -inf get nothing
+    of the second part; a row of which nothing is left is one-hot.
+    """
+    soft_BC = torch.softmax(teacher_BC, dim=1)
+    nothing_B1 = teacher_BC.amax(1, keepdim=True) == -torch.inf
+    soft_BC = soft_BC.masked_fill_(nothing_B1, 0.0).mul_(1 - weight)
+    own_B1 = torch.where(nothing_B1, 1.0, weight).to(soft_BC.dtype)
+    return soft_BC.scatter_add_(1, own_B[:, None], own_B1)
+
+
 # --- the one loss -----------------------------------------------------------------------------------------------
 
 
@@ -54,8 +149,35 @@ def cross_entropy(logits_BC: Tensor, target: Tensor) -> Tensor:
     """
     if not target.is_floating_point():
         return F.cross_entropy(logits_BC, target)
-    log_p_BC = F.log_softmax(logits_BC, dim=1)
-    return -(target * log_p_BC.masked_fill(target == 0, 0.0)).sum(1).mean()
+    loss: Tensor = _SoftCrossEntropy.apply(logits_BC, target)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """The mean over rows of -sum_c target_c log softmax(logits)_c, and its gradient p sum_c target_c - target.
+
+    Written out because a queue of 65,536 makes every pass over (B, C) numbers count: two tensors of that size here,
+    seven when autograd keeps the books. The target is a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BC: Tensor, target_BC: Tensor) -> Tensor:
+        assert not target_BC.requires_grad, "detach the target"
+        log_p_BC = torch.log_softmax(logits_BC, dim=1).clamp_(min=torch.finfo(logits_BC.dtype).min)  # 0 x -inf is 0
+        ctx.save_for_backward(log_p_BC, target_BC)
+        return -torch.bmm(target_BC[:, None], log_p_BC[:, :, None]).mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        log_p_BC, target_BC = ctx.saved_tensors
+        gradient_BC = log_p_BC.exp().mul_(target_BC.sum(1, keepdim=True)).sub_(target_BC)
+        return gradient_BC.mul_(grad / len(target_BC)), None
+
+
+def class_cross_entropy(logits_BY: Tensor, label_B: Tensor) -> Tensor:
+    """Cross-entropy of a classifier, mean over the rows that have a label (>= 0); 0 when none has."""
+    total = F.cross_entropy(logits_BY, label_B, ignore_index=-1, reduction="sum")
+    return total / (label_B >= 0).sum().clamp(min=1)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -34,6 +35,7 @@ class ResNet(nn.Module):
         from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
         super().__init__()
+        self.name, self.stem = name, stem
         kind, depths = _RESNETS[name]
         block = BasicBlock if kind == "basic" else Bottleneck
         if stem == "imagenet":
@@ -85,6 +87,7 @@ def build_encoder(config: ModelConfig, channels: int) -> nn.Module:
     if name in _RESNETS:
         encoder: nn.Module = ResNet(name, config.width, config.stem, channels, config.zero_init_residual)
     else:
+        encoder = _timm(name[5:], channels) if name.startswith("timm:") else _torchvision(name, channels)
         problems = []
         if config.width != 64:
             problems.append(
@@ -96,7 +99,6 @@ def build_encoder(config: ModelConfig, channels: int) -> nn.Module:
             )
         if problems:
             raise ConfigError(problems)
-        encoder = _timm(name[5:], channels) if name.startswith("timm:") else _torchvision(name, channels)
     if config.weights:
         load_weights(encoder, config.weights)
     return encoder
@@ -118,7 +120,7 @@ def _torchvision(name: str, channels: int) -> nn.Module:
             break
     if channels != 3:
         raise ConfigError([f"model.encoder = {name!r} takes 3 channels, the images have {channels}: choose a resnet"])
-    return _Classifier(net, int(net.features_width))  # type: ignore[arg-type]
+    return _Classifier(net, int(net.features_width), name)  # type: ignore[arg-type]
 
 
 def _timm(name: str, channels: int) -> nn.Module:
@@ -135,40 +137,177 @@ def _timm(name: str, channels: int) -> nn.Module:
 class _Classifier(nn.Module):
     """A network from elsewhere, its classifier removed."""
 
-    def __init__(self, net: nn.Module, features: int) -> None:
+    def __init__(self, net: nn.Module, features: int, name: str = "") -> None:
         super().__init__()
         self.net = net
         self.features = features
+        self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.flatten(self.net(x), 1)
 
 
-def load_weights(encoder: nn.Module, file: str) -> None:
-    """Start an encoder from a file of weights (opened without running code); a classifier's ``fc`` is ignored.
+def load_weights(encoder: nn.Module, source: str) -> None:
+    """Start an encoder from ``model.weights``; a classifier's ``fc`` is ignored.
 
-    Raises ConfigError when tensors are missing or do not fit.
+    A file is opened without running code. "torchvision:NAME" (IMAGENET1K_V1, say) is downloaded once. A ResNet with a
+    small stem keeps its fresh first convolution, as MaskCon's code does. Raises ConfigError when the weights cannot be
+    had, tensors are missing or do not fit.
     """
-    if file.endswith(".safetensors"):
+    if source.startswith("torchvision:"):
+        state = _published_weights(encoder, source)
+    elif source.endswith(".safetensors"):
         from safetensors.torch import load_file
 
-        state = load_file(file)
+        state = load_file(source)
     else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(source, map_location="cpu", weights_only=True)
     own = encoder.state_dict()
-    state = {k: v for k, v in state.items() if k in own}
+    fresh = isinstance(encoder, ResNet) and encoder.stem != "imagenet" and "conv1.weight" in state
+    if fresh and state["conv1.weight"].shape != own["conv1.weight"].shape:
+        state["conv1.weight"] = own["conv1.weight"]
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}  # files of old do not have them
+    state = counters | {k: v for k, v in state.items() if k in own}
     wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
     if wrong:
         raise ConfigError(
-            [f"model.weights = {file!r}: {len(wrong)} tensors missing or of another shape, e.g. {wrong[0]!r}"]
+            [f"model.weights = {source!r}: {len(wrong)} tensors missing or of another shape, e.g. {wrong[0]!r}"]
         )
     encoder.load_state_dict(state)
 
 
-def head(kind: str, features: int, dim: int) -> nn.Module:
-    """PCL's and MoCo's heads: ``linear`` (v1) F -> D, or ``mlp`` (v2) F -> F -> ReLU -> D; PyTorch's default init."""
-    last = nn.Linear(features, dim)
-    return last if kind == "linear" else nn.Sequential(nn.Linear(features, features), nn.ReLU(), last)
+def _published_weights(encoder: nn.Module, source: str) -> dict[str, Tensor]:
+    """torchvision's weights of an encoder, from its cache or the internet."""
+    import urllib.request
+    from pathlib import Path
+
+    from torchvision import models
+
+    name = str(getattr(encoder, "name", ""))
+    if name not in models.list_models(module=models):
+        raise ConfigError([f"model.weights = {source!r}: torchvision has no weights for model.encoder; give a file"])
+    known = models.get_model_weights(name)
+    wanted = source.removeprefix("torchvision:")
+    if wanted not in known.__members__:
+        raise ConfigError([f"model.weights = {source!r}: {name} has torchvision:{', '.join(known.__members__)}"])
+    url = known[wanted].url
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    try:
+        if not cached.exists():  # torch waits without a time limit: ask first whether the server answers at all
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+        state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a damaged download is a RuntimeError
+        raise ConfigError(
+            [
+                f"model.weights = {source!r}: not in {cached.parent} and the download failed ({error}). Put {url} there, "
+                "or give the file's path as model.weights"
+            ]
+        ) from None
+    return {f"net.{k}": v for k, v in state.items()} if isinstance(encoder, _Classifier) else state
+
+
+def head(kind: str, features: int, dim: int, hidden: int = 0) -> nn.Module:
+    """PCL's and MoCo's heads: ``linear`` (v1) F -> D, or ``mlp`` (v2) F -> H -> ReLU -> D; PyTorch's default init.
+
+    H is ``hidden``, or F when that is 0 (MaskCon and SupCon set it).
+    """
+    if kind == "linear":
+        return nn.Linear(features, dim)
+    hidden = hidden or features
+    last = nn.Linear(hidden, dim)
+    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), last)
+
+
+def mlp_head(
+    features: int,
+    hidden: Sequence[int],
+    dim: int,
+    *,
+    norm: bool = True,
+    bias: bool | None = None,
+    last_norm: bool = False,
+    last_affine: bool = False,
+    last_bias: bool | None = None,
+) -> nn.Sequential:
+    """The heads of the papers: (B, F) -> (B, D), per hidden width H a Linear, BatchNorm, ReLU, then a last Linear.
+
+    norm: BatchNorm after each hidden layer. bias: of the hidden layers; None: where no norm follows. last_norm: a
+    BatchNorm at the end, with scale and shift when ``last_affine``. last_bias: None: where no norm follows. PyTorch's
+    default initialisation. Layers are called linear1, bn1, relu1, linear2, ...
+
+        WCL, Cl-InfoNCE (dual)  mlp_head(F, (H, H), D, bias=True)
+        SCE on ImageNet         mlp_head(F, (2048, 2048), 256, last_norm=True); predictor mlp_head(256, (4096,), 256,
+                                last_bias=False)
+        SCE on CIFAR-10         mlp_head(F, (512,), 128)
+        SimCLR, MoCo v3, NNCLR  mlp_head(F, (2048,), 128, last_norm=True) and the like
+        MoCo v2, PCL v2         mlp_head(F, (F,), D, norm=False)
+    """
+    parts: dict[str, nn.Module] = {}
+    width = features
+    for i, wide in enumerate(hidden, start=1):
+        parts[f"linear{i}"] = nn.Linear(width, wide, bias=not norm if bias is None else bias)
+        if norm:
+            parts[f"bn{i}"] = nn.BatchNorm1d(wide)
+        parts[f"relu{i}"] = nn.ReLU(inplace=True)
+        width = wide
+    last = len(hidden) + 1
+    parts[f"linear{last}"] = nn.Linear(width, dim, bias=not last_norm if last_bias is None else last_bias)
+    if last_norm:
+        parts[f"bn{last}"] = nn.BatchNorm1d(dim, affine=last_affine)
+    return sequential(**parts)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that treats S groups of its batch as if they were on S devices (MoCo's and SCE's single-GPU runs).
+
+    Sample n belongs to group n mod S; S must divide the batch. Each group is normalised by its own statistics; the
+    running statistics move to the mean over the groups. (B, C, H, W) in and out; as BatchNorm2d in eval mode.
+    """
+
+    def __init__(self, features: int, groups: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(features, eps=eps, momentum=momentum)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        samples, channels, height, width = x.shape
+        assert samples % self.groups == 0, f"{samples} samples, {self.groups} groups"
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        mean, var = self.running_mean.repeat(self.groups), self.running_var.repeat(self.groups)
+        out = nn.functional.batch_norm(
+            x.reshape(samples // self.groups, self.groups * channels, height, width),
+            mean,
+            var,
+            self.weight.repeat(self.groups),
+            self.bias.repeat(self.groups),
+            True,
+            self.momentum,
+            self.eps,
+        )
+        self.running_mean.copy_(mean.view(self.groups, channels).mean(0))
+        self.running_var.copy_(var.view(self.groups, channels).mean(0))
+        self.num_batches_tracked.add_(1)
+        return out.reshape(samples, channels, height, width)
+
+
+def split_batch_norm(module: nn.Module, groups: int) -> None:
+    """Turn every BatchNorm2d inside a module into a SplitBatchNorm with the same parameters and statistics."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            assert child.momentum is not None
+            split = SplitBatchNorm(child.num_features, groups, child.eps, child.momentum)
+            split.load_state_dict(child.state_dict())
+            for mine, theirs in zip(split.parameters(), child.parameters(), strict=True):
+                mine.requires_grad_(theirs.requires_grad)
+            setattr(module, name, split)
+        else:
+            split_batch_norm(child, groups)
 
 
 class Branch(nn.Module):
@@ -182,6 +321,20 @@ class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.encoder(x))
         return out
+
+
+class TwoHeads(nn.Module):
+    """One encoder and two heads: (B, C, H, W) -> (B, D1) and (B, D2), not normalised (WCL, Cl-InfoNCE's dual form)."""
+
+    def __init__(self, encoder: nn.Module, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.first = first
+        self.second = second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.encoder(x)
+        return self.first(features), self.second(features)
 
 
 class Twin(nn.Module):
@@ -207,23 +360,31 @@ class Twin(nn.Module):
 
 
 class Queue(nn.Module):
-    """The last K keys of all ranks, oldest overwritten first; rows are keys. State changes only in ``enqueue``."""
+    """The last K keys of all ranks, oldest overwritten first; rows are keys. State changes only in ``enqueue``.
+
+    With ``labelled`` each key carries a weak label; keys that nobody enqueued yet have label -1 (none).
+    """
 
     keys: Tensor
     pointer: Tensor
+    labels: Tensor | None
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, labelled: bool = False) -> None:
         super().__init__()
         self.register_buffer("keys", nn.functional.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+        self.register_buffer("labels", torch.full((size,), -1) if labelled else None)
 
     @torch.no_grad()
-    def enqueue(self, keys_BD: Tensor) -> None:
+    def enqueue(self, keys_BD: Tensor, labels_B: Tensor | None = None) -> None:
         """Overwrite the B oldest entries. B must divide K (checked at start-up). The pointer stays on the device."""
+        assert (labels_B is None) == (self.labels is None), "labels go with a labelled queue"
         size = len(self.keys)
         assert size % len(keys_BD) == 0, f"queue of {size} and {len(keys_BD)} keys"
         place = self.pointer + torch.arange(len(keys_BD), device=self.keys.device)
         self.keys.index_copy_(0, place, keys_BD.to(self.keys.dtype))
+        if self.labels is not None and labels_B is not None:
+            self.labels.index_copy_(0, place, labels_B)
         self.pointer.add_(len(keys_BD)).remainder_(size)
 
 

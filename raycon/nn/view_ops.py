@@ -8,7 +8,7 @@ Shape letters: B (or n, a part of it) images, C channels, H W source pixels, S o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,8 +43,12 @@ def _dense(device: torch.device, *sides: int) -> bool:
     return device.type != "cpu" or max(sides) <= _DENSE_SIDE
 
 
-def send(arrays: list[NDArray[np.int64] | NDArray[np.float32]], device: torch.device) -> list[Tensor]:
-    """The arrays (int64 ones first, for alignment) as tensors on ``device``, in one copy that does not block."""
+Sendable = NDArray[np.int64] | NDArray[np.float64] | NDArray[np.float32]
+_DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.float64): torch.float64, np.dtype(np.float32): torch.float32}
+
+
+def send(arrays: Sequence[Sendable], device: torch.device) -> list[Tensor]:
+    """The arrays (float32 ones last, for alignment) as tensors on ``device``, in one copy that does not block."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     packed = torch.from_numpy(np.concatenate([np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in arrays]))
@@ -52,10 +56,7 @@ def send(arrays: list[NDArray[np.int64] | NDArray[np.float32]], device: torch.de
         packed = packed.pin_memory()
     there = packed.to(device, non_blocking=True)
     parts = there.split([a.nbytes for a in arrays])
-    return [
-        part.view(torch.int64 if a.dtype == np.int64 else torch.float32).view(a.shape)
-        for part, a in zip(parts, arrays, strict=True)
-    ]
+    return [part.view(_DTYPES[a.dtype]).view(a.shape) for part, a in zip(parts, arrays, strict=True)]
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -158,6 +159,20 @@ def hue_shift(images: Tensor, turns_n: Tensor) -> Tensor:
 def solarize(images: Tensor, threshold: float) -> Tensor:
     """Invert the values that are at or above ``threshold``."""
     return torch.where(images >= threshold, 1 - images, images)
+
+
+def perspective(images: Tensor, coefficient_n8: Tensor) -> Tensor:
+    """Warp (n, C, S, S): output pixel (x, y) is taken, bilinearly, from ((a x + b y + c) / w, (d x + e y + f) / w) with
+    w = g x + h y + 1 and pixel centres at halves; outside of the image it is 0.
+    """
+    S = images.shape[3]
+    a, b, c, d, e, f, g, h = coefficient_n8.float()[:, :, None, None].unbind(1)
+    x = torch.arange(S, device=images.device, dtype=torch.float32)[None, None, :] + 0.5
+    y = x.transpose(1, 2)
+    w = g * x + h * y + 1
+    grid = torch.stack([a * x + b * y + c, d * x + e * y + f], dim=3) / (w[..., None] * (S / 2)) - 1
+    with torch.autocast(images.device.type, enabled=False):
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def blur(images: Tensor, sigma_n: Tensor, kernel: int) -> Tensor:

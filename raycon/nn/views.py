@@ -2,8 +2,9 @@
 
 ``draw`` turns uniform numbers (raycon.core.stream) into one set of parameters per image; ``make_view`` applies them to
 a whole batch. The parameters of an image depend on its own uniforms only, so a row's view is the same in any batch, on
-any rank and with any loader. Operations, in this order: crop, jitter, gray, blur, solarize, flip, normalise. (The flip
-is folded into the crop: every operation between them commutes with it.)
+any rank and with any loader. Operations, in this order: crop and flip, perspective, AutoAugment, jitter, gray, blur,
+solarize, normalise. (Where the papers' code flips last it makes no difference: jitter, gray, blur and solarize commute
+with a flip, and a mirrored perspective is as likely as the perspective.)
 
 Shape letters: B images, C channels, H W source pixels, S output side (also: slots of the uniforms).
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from raycon.core.config import ConfigError
 from raycon.core.stream import uniforms
-from raycon.nn import view_ops
+from raycon.nn import auto_augment, view_ops
 from raycon.nn.view_ops import crop
 
 __all__ = [
@@ -85,10 +86,16 @@ class ViewSpec:
     """Of each channel (1 or 3), subtracted at the end; in units of a [0, 1] image."""
     std: tuple[float, ...]
     """Of each channel, divided by at the end; more than 0."""
+    perspective: float = 0.0
+    """Probability of a random perspective."""
+    distortion: float = 0.5
+    """Of the perspective: its corners move inwards by up to this share (0 .. 1) of half a side."""
+    auto: float = 0.0
+    """Probability of a policy of AutoAugment (CIFAR-10's, as MaskCon has it): up to two operations on 8-bit values."""
 
     def __post_init__(self) -> None:
         problems = _problems(self.size, self.mean, self.std)
-        for name in ("flip", "jitter", "gray", "blur", "solarize", "solarize_threshold"):
+        for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 problems.append(f"{name} = {getattr(self, name)}: give a number from 0 to 1")
         for name in ("brightness", "contrast", "saturation"):
@@ -148,6 +155,11 @@ def _problems(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> lis
     return problems
 
 
+_SHARES: Final = (
+    "flip", "jitter", "gray", "blur", "solarize", "solarize_threshold", "perspective", "distortion", "auto",
+)  # fmt: skip
+
+
 # ---- presets -------------------------------------------------------------------------------------------------------
 
 _NONE: Final = {
@@ -166,6 +178,12 @@ _SCE: Final = {"saturation": 0.2, "blur_kernel": 23}
 _ALPHA: Final = _SCE | {"blur": 1.0}
 _BETA: Final = _SCE | {"blur": 0.1, "solarize": 0.2}
 _GAMMA: Final = _SCE | {"solarize": 0.2}
+
+_PLAIN: Final = _WEAK | {"perspective": 0.5}
+_CARS: Final = {"perspective": 0.5}
+_AUTO: Final = _WEAK | {"auto": 1.0}
+
+_SMALL: Final = {"side": 96 / 224, "crop_scale": (0.086, 0.429)}  # as SCE's smallest
 
 _DIGITS: Final = {"crop_scale": (0.5, 1.0), "flip": 0.0, "gray": 0.0, "blur": 0.0}
 _FASHION: Final = {"crop_scale": (0.3, 1.0), "gray": 0.0, "blur": 0.0}
@@ -188,6 +206,10 @@ _PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
         "strong": {"crop_scale": (0.4, 1.0), "blur": 0.0},
         "weak": _WEAK | {"crop_scale": (0.4, 1.0)},
     },
+    # MaskCon: on Cars-196, on Stanford Online Products, on CIFAR-100, CIFARtoy and ImageNet32.
+    "maskcon-cars": {"strong": _CARS, "weak": _PLAIN},
+    "maskcon-sop": {"strong": _PLAIN, "weak": _PLAIN},
+    "maskcon-cifar": {"strong": _AUTO, "weak": _WEAK},
     # SCE: on CIFAR-10; on ImageNet with a weak target; its variant with solarisation; MoCo v3's pair (the second view
     # lost its flip in the published configuration, an accident that is not repeated); two large and four small crops.
     "sce-cifar": {"strong": _MOCO2, "weak": _WEAK},
@@ -208,19 +230,20 @@ _PRESETS: Final[dict[str, dict[str, dict[str, Any]]]] = {
 
 
 def preset_names() -> list[str]:
-    """The names of the augmentation presets. Each has the views strong, weak and none, some have more."""
+    """The names of the augmentation presets. Each has the views strong, weak, neighbour, none, some have more."""
     return list(_PRESETS)
 
 
 def view_spec(preset: str, name: str, size: int, mean: Sequence[float], std: Sequence[float]) -> ViewSpec:
     """The view ``name`` (strong, weak, none, ...) of a preset, ``size`` pixels wide.
 
+    "neighbour" is the strong view in small, for crops of other images: 3/7 of the size (96 of 224 pixels).
     mean, std: per channel in units of a [0, 1] image. Raises ConfigError for an unknown preset or view, naming those
     that exist.
     """
     if preset not in _PRESETS:
         raise ConfigError([f"data.views = {preset}: {_unknown(preset, preset_names())}"])
-    views = _PRESETS[preset] | {"none": _NONE}
+    views = _PRESETS[preset] | {"none": _NONE, "neighbour": _PRESETS[preset]["strong"] | _SMALL}
     if name not in views:
         raise ConfigError([f"view {name} of the preset {preset}: {_unknown(name, list(views))}"])
     options = dict(views[name])
@@ -251,7 +274,12 @@ _RATIO: Final = slice(_ATTEMPTS, 2 * _ATTEMPTS)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(20, 25)
 _FACTORS: Final = slice(25, 29)
 _GRAY, _BLUR, _SIGMA, _SOLARIZE = range(29, 33)
-SLOTS: Final = 33
+_PERSPECTIVE: Final = 33
+_CORNERS: Final = slice(34, 42)
+_AUTO_ON, _POLICY = range(42, 44)
+_CHANCES: Final = slice(44, 46)
+_SIGNS: Final = slice(46, 48)
+SLOTS: Final = 48
 """Uniforms that one view of one row uses. Slots keep their meaning: a new operation takes new ones at the end."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -275,13 +303,17 @@ class ViewParams(NamedTuple):
     """(B,) of the blur in output pixels; 0 where there is none."""
     solarize: NDArray[np.bool_]
     """(B,)."""
+    corners: NDArray[np.float64] | None = None
+    """(B, 4, 2) x, y in output pixels: where the perspective puts the top left, top right, bottom right and bottom left
+    corners; NaN for images that have none. None when the view has none."""
+    operation: NDArray[np.int64] | None = None
+    """(B, 2) the two operations of the policy, positions in auto_augment.OPERATIONS, -1: none. None as above."""
+    magnitude: NDArray[np.float64] | None = None
+    """(B, 2) signed magnitudes of the operations."""
 
     def part(self, which: slice) -> ViewParams:
         """The parameters of some of the images."""
-        w = which
-        return ViewParams(
-            self.box[w], self.flip[w], self.order[w], self.factors[w], self.gray[w], self.sigma[w], self.solarize[w]
-        )
+        return ViewParams(*(None if array is None else array[which] for array in self))  # type: ignore[arg-type]
 
 
 def draw(
@@ -295,6 +327,10 @@ def draw(
     low = np.array([max(0.0, 1 - x) for x in (spec.brightness, spec.contrast, spec.saturation)] + [-spec.hue])
     high = np.array([1 + x for x in (spec.brightness, spec.contrast, spec.saturation)] + [spec.hue])
     jittered_B1 = u[:, _JITTER, None] < spec.jitter
+    operation_B2 = magnitude_B2 = None
+    if spec.auto:
+        chance_B2 = np.where(u[:, _AUTO_ON, None] < spec.auto, u[:, _CHANCES], 1.0)  # 1: nothing is so probable
+        operation_B2, magnitude_B2 = auto_augment.draw(u[:, _POLICY], chance_B2, u[:, _SIGNS])
     sigma_B = spec.blur_sigma[0] + (spec.blur_sigma[1] - spec.blur_sigma[0]) * u[:, _SIGMA]
     return ViewParams(
         box=_draw_box(spec, u, np.broadcast_to(height, len(u)), np.broadcast_to(width, len(u))),
@@ -304,7 +340,35 @@ def draw(
         gray=u[:, _GRAY] < spec.gray,
         sigma=np.where(u[:, _BLUR] < spec.blur, sigma_B, 0).astype(np.float32),
         solarize=u[:, _SOLARIZE] < spec.solarize,
+        corners=_draw_corners(spec, u) if spec.perspective else None,
+        operation=operation_B2,
+        magnitude=magnitude_B2,
     )
+
+
+def _draw_corners(spec: ViewSpec, u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(B, 4, 2): torchvision's RandomPerspective. Each corner moves by whole pixels, uniform from 0 to the most."""
+    most = int(spec.distortion * (spec.size // 2))
+    inwards_B42 = np.floor(u[:, _CORNERS] * (most + 1)).reshape(-1, 4, 2)
+    corners_B42 = _corners(spec.size) + inwards_B42 * [[1, 1], [-1, 1], [-1, -1], [1, -1]]
+    return np.where(u[:, _PERSPECTIVE, None, None] < spec.perspective, corners_B42, np.nan)
+
+
+def _corners(size: int) -> NDArray[np.float64]:
+    """(4, 2) x, y of the corner pixels: top left, top right, bottom right, bottom left."""
+    last = size - 1
+    return np.array([[0, 0], [last, 0], [last, last], [0, last]], dtype=np.float64)
+
+
+def _perspective_coefficients(corners_n42: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """(n, 8) a .. h of ``view_ops.perspective``: the map that takes the moved corners back to where they were."""
+    x, y = corners_n42[..., 0], corners_n42[..., 1]
+    to = np.broadcast_to(_corners(size), corners_n42.shape)
+    zero, one = np.zeros_like(x), np.ones_like(x)
+    for_x = np.stack([x, y, one, zero, zero, zero, -to[..., 0] * x, -to[..., 0] * y], axis=2)
+    for_y = np.stack([zero, zero, zero, x, y, one, -to[..., 1] * x, -to[..., 1] * y], axis=2)
+    wanted = np.concatenate([to[..., 0], to[..., 1]], axis=1)
+    return np.linalg.solve(np.concatenate([for_x, for_y], axis=1), wanted[..., None])[..., 0]
 
 
 def _draw_box(
@@ -401,6 +465,10 @@ def _finish_(x: Tensor, spec: ViewSpec, params: ViewParams, flip: bool) -> Tenso
 
     if len(flipped):
         x.index_copy_(0, flipped, x.index_select(0, flipped).flip(3))
+    if params.corners is not None:
+        x = _perspective_(x, params.corners)
+    if params.operation is not None and params.magnitude is not None:
+        x = auto_augment.apply_(x, params.operation, params.magnitude)
     if spec.gray_first:
         _gray_(x, grayed)
     if jitter:
@@ -417,6 +485,15 @@ def _finish_(x: Tensor, spec: ViewSpec, params: ViewParams, flip: bool) -> Tenso
     if len(solarized):
         x.index_copy_(0, solarized, view_ops.solarize(x.index_select(0, solarized), spec.solarize_threshold))
     return _normalise_(x, mean_std_2C)
+
+
+def _perspective_(x: Tensor, corners_B42: NDArray[np.float64]) -> Tensor:
+    warped = np.flatnonzero(~np.isnan(corners_B42[:, 0, 0]))
+    if len(warped):
+        coefficients = _perspective_coefficients(corners_B42[warped], x.shape[3])
+        where, coefficient_n8 = view_ops.send([warped, coefficients], x.device)
+        x.index_copy_(0, where, view_ops.perspective(x.index_select(0, where), coefficient_n8))
+    return x
 
 
 def _jitter_passes(params: ViewParams, colour: bool) -> NDArray[np.float32]:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from raycon import methods
-from raycon.core.config import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from raycon.core.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    MiningConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 
 def quickstart() -> RunConfig:
@@ -18,6 +26,7 @@ def quickstart() -> RunConfig:
         model=ModelConfig(encoder="resnet10", width=16, stem="small"),
         data=DataConfig(name="digits", size=16, views="digits"),
         train=TrainConfig(epochs=100, batch=128, lr=0.06, weight_decay=5e-4, schedule="cosine", warmup_epochs=5),
+        mining=MiningConfig(redo=1, iterations=10),
         checkpoint=CheckpointConfig(every_epochs=10, keep=2),
         evals=EvalConfig(every_epochs=50),
     )

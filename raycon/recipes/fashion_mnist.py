@@ -36,13 +36,13 @@ def fashion_mnist_pcl_cpu() -> RunConfig:
     """
     return RunConfig(
         method=methods.configure(
-            "pcl", queue=4096, negatives=256, clusters=(500, 1000, 1500), warmup_epochs=4, momentum=0.99
+            "pcl", queue=4096, negatives=256, clusters=(500, 1000, 1500), warmup_epochs=6, momentum=0.99
         ),
         model=ModelConfig(encoder="resnet10", width=16, stem="small-stride2"),
         data=DataConfig(name="fashion-mnist", size=28, views="fashion"),
-        train=TrainConfig(epochs=20, batch=256, lr=0.12, weight_decay=1e-4, schedule="cosine", warmup_epochs=1),
+        train=TrainConfig(epochs=40, batch=256, lr=0.12, weight_decay=1e-4, schedule="cosine", warmup_epochs=1),
         mining=MiningConfig(redo=1, iterations=10),
-        evals=EvalConfig(every_epochs=5),
+        evals=EvalConfig(every_epochs=10),
         checkpoint=CheckpointConfig(keep=2),
         scaling=ScalingConfig(workers=2),
     )
@@ -56,3 +56,118 @@ def fashion_mnist_moco_cpu() -> RunConfig:
     from dataclasses import replace
 
     return replace(fashion_mnist_pcl_cpu(), method=methods.configure("moco", queue=4096, momentum=0.99))
+
+
+def fashion_mnist_sce_cpu() -> RunConfig:
+    """SCE, CIFAR-10's setting, with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-sce-cpu
+    """
+    from dataclasses import replace
+
+    return replace(fashion_mnist_pcl_cpu(), method=methods.configure("sce", queue=4096))
+
+
+def fashion_mnist_simclr_cpu() -> RunConfig:
+    """SimCLR with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-simclr-cpu
+    """
+    from dataclasses import replace
+
+    return replace(fashion_mnist_pcl_cpu(), method=methods.configure("simclr", projector=(512,)))
+
+
+def fashion_mnist_mocov3_cpu() -> RunConfig:
+    """MoCo v3 with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-mocov3-cpu
+    """
+    from dataclasses import replace
+
+    method = methods.configure("mocov3", views=("strong", "strong"), projector=(512,), predictor=(512,), dim=128)
+    return replace(fashion_mnist_pcl_cpu(), method=method)
+
+
+def fashion_mnist_ressl_cpu() -> RunConfig:
+    """ReSSL with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-ressl-cpu
+    """
+    from dataclasses import replace
+
+    method = methods.configure("ressl", queue=4096, projector=(512,), dim=128, momentum=0.99)
+    return replace(fashion_mnist_pcl_cpu(), method=method)
+
+
+def fashion_mnist_nnclr_cpu() -> RunConfig:
+    """NNCLR with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-nnclr-cpu
+    """
+    from dataclasses import replace
+
+    method = methods.configure("nnclr", queue=4096, projector=(512, 512), predictor=(512,), dim=128)
+    return replace(fashion_mnist_pcl_cpu(), method=method)
+
+
+def fashion_mnist_wcl_cpu() -> RunConfig:
+    """WCL with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-wcl-cpu
+    With four small crops of mined neighbours: --method.crops 4 --method.crop-from-epoch 4
+    """
+    from dataclasses import replace
+
+    method = methods.configure("wcl", hidden=512, warmup_view_epochs=1)
+    return replace(fashion_mnist_pcl_cpu(), method=method)
+
+
+def fashion_mnist_clinfonce_cpu() -> RunConfig:
+    """Cl-InfoNCE on k-means clusters with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-clinfonce-cpu
+    On the four coarse classes: --data.name fashion-mnist-coarse --method.clusters labels
+    """
+    from dataclasses import replace
+
+    method = methods.configure("clinfonce", k=100, warmup_epochs=4)
+    return replace(fashion_mnist_pcl_cpu(), method=method)
+
+
+def fashion_mnist_maskcon_cpu() -> RunConfig:
+    """MaskCon on four coarse classes (tops, trousers, footwear, bags) with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-maskcon-cpu
+    Grafit, CoIns: --method.mode grafit --method.weight 0.5 (coins). Coarse SupCon: grafit with weight 1.
+    """
+    return _coarse("maskcon", queue=4096, dim=128, hidden=256)
+
+
+def fashion_mnist_supcon_cpu() -> RunConfig:
+    """SupCon on the four coarse classes with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-supcon-cpu
+    """
+    return _coarse("supcon")
+
+
+def fashion_mnist_supervised_cpu() -> RunConfig:
+    """Cross-entropy on the four coarse classes with the same narrow ResNet-10 on 2 CPU cores.
+
+    python -m raycon.pretrain fashion-mnist-supervised-cpu
+    """
+    return _coarse("supervised")
+
+
+def _coarse(method: str, **options: object) -> RunConfig:
+    """A method on coarse labels, in the same setting as the others, with recall of the fine classes."""
+    from dataclasses import replace
+
+    base = fashion_mnist_pcl_cpu()
+    return replace(
+        base,
+        method=methods.configure(method, **options),
+        data=replace(base.data, name="fashion-mnist-coarse"),
+        evals=replace(base.evals, names=("knn", "linear", "retrieval")),
+    )

@@ -53,8 +53,21 @@ def loader_plan(
 ) -> LoaderPlan:
     mean, std, size = dataset.mean, dataset.std, config.data.size
     needs = config.method.needs()
+
+    def specs(names: tuple[str, ...]) -> tuple[views.ViewSpec, ...]:
+        return tuple(views.view_spec(config.data.views, name, size, mean, std) for name in names)
+
+    number = needs.views.count("neighbour")
+    for names in (needs.views, needs.warmup_views or needs.views):
+        assert len(names) == len(needs.views), "as many warm-up views as views"
+        assert names[len(names) - number :] == ("neighbour",) * number, "views of neighbours come last"
     return LoaderPlan(
-        specs=tuple(views.view_spec(config.data.views, name, size, mean, std) for name in needs.views),
+        specs=specs(needs.views),
+        warmup_specs=specs(needs.warmup_views),
+        warmup_epochs=needs.warmup_view_epochs if needs.warmup_views else 0,
+        neighbour_views=number,
+        group=needs.group,
+        group_by_label=needs.labels,
         eval_spec=views.eval_spec(size, mean, std),
         batch=config.train.batch,
         seed=config.seed,
@@ -101,6 +114,7 @@ def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: 
     dataset = open_data(config)
     facts = facts_of(config, dataset, runtime.world)
     loader = open_loader(config, dataset, loader_plan(config, dataset, run_dir, device, runtime.world, runtime.rank))
+    metrics.write("event", 0, text=f"loader: {loader.kind}")
     method = build_method(config, facts, len(dataset.mean))
     if config.model.compile:
         method.encoder().compile()

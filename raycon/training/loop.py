@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -49,11 +50,18 @@ def train(
     if (path := runtime.restore()) is not None:
         step, snapshot, evaluate = restore(path, method, optimizer, config, steps)
         metrics.rewind(step)
+        for text in runtime.refused:
+            metrics.write("event", step, text=f"a damaged checkpoint was passed over: {text}")
         runtime.index.previous = snapshot
         if dist.any_true(runtime.rank == 0 and evaluate and not evaluated(run_dir, step)):
             # The run died between this checkpoint and its evaluation.
             runtime.report({"step": step}, path if runtime.rank == 0 else None, evaluate=True)
-    started: dict[str, Any] = {"steps": steps, "epochs": config.train.epochs, "world": runtime.world, "device": str(device)}
+    started: dict[str, Any] = {
+        "steps": steps,
+        "epochs": config.train.epochs,
+        "world": runtime.world,
+        "device": str(device),
+    }
     started |= {"pids": dist.gather_objects(os.getpid())}
     metrics.write("start", step, epoch=step // per_epoch, **started)
     net: nn.Module = method
@@ -65,7 +73,11 @@ def train(
             device_ids=[device] if device.type == "cuda" else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            find_unused_parameters=method.unused_parameters,
         )
+    if step == 0:
+        beyond = (loader.train(epoch) for epoch in itertools.count(config.train.epochs))
+        method.before_training(itertools.chain.from_iterable(beyond), stream.key(config.seed, 0xF111) >> 1)
     guard = FiniteGuard(optimizer, device)
     meter = Meter(config.train.batch)
 
@@ -76,7 +88,7 @@ def train(
             snapshot = refresh(method, loader, runtime, epoch, step, metrics)
         mined_on_device = None if snapshot is None else snapshot.to(device)
         used = () if snapshot is None else tuple(int(a.max()) + 1 for a in snapshot.assignment)
-        batches = loader.train(epoch, first_step=step % per_epoch)
+        batches = loader.train(epoch, first_step=step % per_epoch, snapshot=snapshot)
         for batch in meter.waiting(batches):
             if step == 0 and runtime.rank == 0:
                 save_views(batch, run_dir, config, metrics)
@@ -250,7 +262,9 @@ def refresh(
     for i, assignment in enumerate(snapshot.assignment):
         of_size = assignment.bincount(minlength=len(snapshot.prototypes[i])).bincount()
         sizes[f"clusters/{i}/sizes_histogram"] = [[s, n] for s, n in enumerate(of_size.tolist()) if n]
-    metrics.write("snapshot", step, epoch=epoch, version=epoch, seconds=seconds, embed_seconds=embedded, **found, **sizes)
+    metrics.write(
+        "snapshot", step, epoch=epoch, version=epoch, seconds=seconds, embed_seconds=embedded, **found, **sizes
+    )
     return snapshot
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 from raycon.core.config import ConfigError
 from raycon.core.stream import epoch_order, uniforms
-from raycon.core.types import Batch, LoaderPlan
+from raycon.core.types import Batch, LoaderPlan, Snapshot
 from raycon.data_loaders import open_loader
 from raycon.data_loaders.common import StreamLoader
 from raycon.data_loaders.datasets import ArraySet, FileSet, ImageSet, open_dataset
@@ -153,6 +154,93 @@ def test_loaders_agree_to_the_bit(data: str, cache: Path, kind: str, request: py
     for image, twin in zip(reference.scan(), other.scan(), strict=True):
         assert torch.equal(image.row, twin.row)
         assert torch.equal(image.images, twin.images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("data", ["small", "photos"])
+def test_views_of_neighbours_and_of_the_warmup(
+    data: str, cache: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """The last two views are of images of the row's neighbours, and the first epoch has its own views."""
+    dataset = request.getfixturevalue(data)
+    mean, std, size = dataset.mean, dataset.std, 8 if dataset.image else 24
+    plain = views.ViewSpec(size=size, jitter=0, gray=0, blur=0, mean=mean, std=std)
+    small = dataclasses.replace(plain, size=size // 2, crop_scale=(0.1, 0.5))
+    whole = dataclasses.replace(plain, crop_scale=(1.0, 1.0), flip=0.0)
+    asked = plan(
+        dataset, cache, rank=1, world=2, specs=(plain, small, small), warmup_specs=(whole, small, small),
+        warmup_epochs=1, neighbour_views=2, batch=64 if dataset.image else 6,
+    )  # fmt: skip
+    rows = len(dataset)
+    neighbours = torch.stack([torch.arange(1, rows + 1) % rows, torch.arange(5, rows + 5) % rows], dim=1)
+    chosen: set[int] = set()
+    for epoch, table in ((0, neighbours), (1, neighbours), (1, None)):
+        loader = open_loader(kind, dataset, asked)
+        snapshot = None if table is None else Snapshot(0, (), (), (), table)
+        for step, batch in enumerate(itertools.islice(loader.train(epoch, 1, snapshot), 1), 1):
+            first = one_by_one(dataset, dataclasses.replace(asked, specs=(plain if epoch else whole,)), epoch, step)
+            atol = 1e-5 if dataset.image else 1.01 / 255 / 0.224
+            torch.testing.assert_close(batch.views[0], first.views[0], rtol=0, atol=atol)
+            assert torch.equal(batch.row, first.row)
+            assert torch.equal(batch.label, first.label)
+            for view in (1, 2):
+                for at, row in enumerate(batch.row.tolist()[:12]):
+                    candidates = [row] if table is None else table[row].tolist()
+                    drawn = uniforms(asked.seed, epoch, np.array([row]), view, views.SLOTS)
+                    fits = []
+                    for other in candidates:
+                        pixels = torch.from_numpy(dataset.read(other).copy()).permute(2, 0, 1)[None]
+                        made = views.make_view(pixels, small, views.draw(small, drawn, *pixels.shape[2:]))
+                        fits.append(torch.allclose(batch.views[view][at : at + 1], made, rtol=0, atol=atol))
+                    assert any(fits), (kind, epoch, step, view, row)
+                    chosen |= {fits.index(True) + len(candidates) * view} if fits.count(True) == 1 else set()
+        loader.close()
+    # Without neighbours: 2 and 3, the row itself (1 candidate); with them both neighbours of both views.
+    assert {2, 3, 4, 5} <= chosen
+
+
+def test_batches_of_groups(small: ArraySet, cache: Path) -> None:
+    """Rows of one cluster, or of one label, in groups of 4 of one batch and rank; every row at most once an epoch."""
+    cluster = torch.arange(300) % 23
+    snapshot = Snapshot(0, (cluster,), (torch.zeros(23, 2),), (), None)
+    label = dataclasses.replace(small, weak=np.where(np.arange(300) % 3 == 0, -1, small.weak))
+    kinds = (("cluster", small, cluster.numpy(), False), ("label", label, label.weak, True))
+    for kind, dataset, of_row, by_label in kinds:
+        orders = {}
+        for world in (1, 2):
+            plans = [plan(dataset, cache, rank=r, world=world, group=4, group_by_label=by_label) for r in range(world)]
+            loaders = [open_loader("torch", dataset, p) for p in plans]
+            steps = zip(*(loader.train(2, 0, snapshot) for loader in loaders), strict=True)
+            orders[world] = [row for batches in steps for batch in batches for row in batch.row.tolist()]
+        assert orders[1] == orders[2]
+        groups = np.array(orders[1]).reshape(-1, 4)
+        assert len(np.unique(groups)) == groups.size == 256
+        one = (of_row[groups] == of_row[groups][:, :1]).all(1) & (of_row[groups] >= 0).all(1)
+        # 23 clusters of 13 or 14 rows give 69 whole groups of 75; 5 labels of about 40 among 200 about 48.
+        assert one.mean() > (0.85 if kind == "cluster" else 0.55)
+        assert not (of_row[groups[~one]] == of_row[groups[~one]][:, :1]).all(1).any() or by_label
+        later = next(open_loader("torch", dataset, plans[0]).train(2, 1, snapshot)).row.tolist()
+        assert later == orders[1][64:96]
+        assert (
+            len(set(np.flatnonzero(one).tolist()) - set(range(len(one) // 2))) > 10
+        )  # whole groups all over the epoch
+    plain = [b.row.tolist() for b in open_loader("torch", small, plan(small, cache)).train(2)]
+    ungrouped = open_loader("torch", small, plan(small, cache, group=4))
+    assert [b.row.tolist() for b in ungrouped.train(2)] == plain  # no snapshot yet
+
+
+def test_the_choice_of_neighbours_is_even_and_the_same_everywhere(small: ArraySet, cache: Path) -> None:
+    from raycon.data_loaders.common import sources
+
+    asked = plan(small, cache, neighbour_views=1)
+    table = torch.arange(4000)[:, None] * 4 + torch.arange(4)
+    rows = np.arange(4000)
+    found = sources(asked, rows, 3, table)
+    np.testing.assert_array_equal(found[:, 0], rows)
+    share = np.bincount(found[:, 1] - 4 * rows, minlength=4) / len(rows)
+    assert np.abs(share - 0.25).max() < 0.03
+    np.testing.assert_array_equal(sources(asked, rows[::-7], 3, table), found[::-7])
+    assert (sources(asked, rows, 4, table) != found).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -38,13 +38,13 @@ DATA = torch.rand(ROWS, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0
 class Small:
     """A loader over random images: views are the image plus noise from the counter stream."""
 
-    rows, steps = ROWS, ROWS // BATCH
+    kind, rows, steps = "test", ROWS, ROWS // BATCH
 
     def __init__(self, seed: int = 0, poison: int = -1) -> None:
         self.seed, self.poison = seed, poison
         self.rank, self.world = dist.rank(), dist.world()
 
-    def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int = 0, snapshot: Snapshot | None = None) -> Iterator[Batch]:
         order = stream.epoch_order(self.seed, epoch, self.rows)
         for step in range(first_step, self.steps):
             rows = stream.batch_rows(order, step, BATCH, self.rank, self.world)

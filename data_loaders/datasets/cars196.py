@@ -1,0 +1,58 @@
+"""cars196: Stanford Cars, 16,185 photographs of 196 models (Krause et al. 2013), with MaskCon's 8 body types.
+
+Files as torchvision places them: stanford_cars/{cars_train, cars_test, devkit/cars_train_annos.mat,
+cars_test_annos_withlabels.mat}. Reading the annotations needs scipy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from raycon.core.config import ConfigError
+
+from .. import coarse
+from . import IMAGENET_MEAN, IMAGENET_STD, FileSet, unknown_split
+
+SPLITS = {
+    "train": ("devkit/cars_train_annos.mat", "cars_train"),
+    "test": ("cars_test_annos_withlabels.mat", "cars_test"),
+}
+BODIES = ("pickup", "sedan", "SUV", "convertible", "coupe", "hatchback", "wagon", "van")
+
+
+def open_split(root: Path | None, split: str) -> FileSet:
+    """Raises ConfigError for an unknown split, missing files, and without scipy."""
+    if split not in SPLITS:
+        raise unknown_split("cars196", split, tuple(SPLITS))
+    annotations, images = SPLITS[split]
+    if root is None:
+        raise ConfigError(
+            ["data.name = 'cars196' needs its files: give --data.root, the folder that holds stanford_cars"]
+        )
+    base = root / "stanford_cars" if (root / "stanford_cars").is_dir() else root
+    try:
+        from scipy.io import loadmat
+
+        found = loadmat(base / annotations, squeeze_me=True)["annotations"]
+    except ImportError:
+        raise ConfigError(["data.name = 'cars196': its annotations need scipy; pip install scipy"]) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            [f"{base / annotations}: cannot be read ({error}); see the file's head for the layout"]
+        ) from error
+    label = np.atleast_1d(found["class"]).astype(np.int64) - 1
+    files = [f"{images}/{name}".encode() for name in np.atleast_1d(found["fname"])]
+    return FileSet(
+        name="cars196",
+        split=split,
+        label=label,
+        weak=coarse.cars196()[label],
+        classes=tuple(f"model {i}" for i in range(196)),
+        weak_classes=BODIES,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        root=base,
+        files=np.array(files, dtype=np.bytes_),
+    )

@@ -1,0 +1,13 @@
+"""cifartoy-bad: MaskCon's toy set from CIFAR-10, mixed coarse classes, as the paper's code has them. See data_loaders/cifartoy.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import cifartoy
+from . import ArraySet
+
+
+def open_split(root: Path | None, split: str) -> ArraySet:
+    """``root`` holds cifar-10-batches-py. Raises ConfigError for an unknown split and missing or damaged files."""
+    return cifartoy.open_kind("bad", root, split)
