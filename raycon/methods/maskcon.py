@@ -82,7 +82,8 @@ class Options(MethodOptions):
             found.append("method.official_targets without method.prefill: an unlabelled queue makes the loss NaN")
         if self.queue > facts.rows:
             found.append(
-                f"method.queue = {self.queue} holds every one of the {facts.rows} images, most of them several times"
+                f"method.queue = {self.queue} is more than the {facts.rows} images: older keys of the batch's own images "
+                "are always among its candidates"
             )
         return found
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -37,10 +38,11 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         "OMP_NUM_THREADS": "1",
     }
     env.pop("RAY_ADDRESS", None)
+    short = tempfile.mkdtemp(prefix="ray-")  # socket paths have a length limit that tmp_path exceeds
     start = [
         f"{bin_folder}/ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}",
         f"--ray-client-server-port={client}", "--num-cpus=2", "--object-store-memory=200000000",
-        "--include-dashboard=true", "--dashboard-host=127.0.0.1", "--temp-dir=/tmp/ray-test-" + str(os.getpid()),
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--temp-dir={short}",
     ]  # fmt: skip
     with subprocess.Popen(start, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         address = f"http://127.0.0.1:{dashboard}"
