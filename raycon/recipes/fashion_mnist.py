@@ -40,9 +40,9 @@ def fashion_mnist_pcl_cpu() -> RunConfig:
         ),
         model=ModelConfig(encoder="resnet10", width=16, stem="small-stride2"),
         data=DataConfig(name="fashion-mnist", size=28, views="fashion"),
-        train=TrainConfig(epochs=40, batch=256, lr=0.12, weight_decay=1e-4, schedule="cosine", warmup_epochs=1),
+        train=TrainConfig(epochs=36, batch=256, lr=0.12, weight_decay=1e-4, schedule="cosine", warmup_epochs=1),
         mining=MiningConfig(redo=1, iterations=10),
-        evals=EvalConfig(every_epochs=10),
+        evals=EvalConfig(every_epochs=12),
         checkpoint=CheckpointConfig(keep=2),
         scaling=ScalingConfig(workers=2),
     )

@@ -13,7 +13,8 @@ import torch
 
 from raycon import report
 from raycon.core.config import RunConfig, save_yaml
-from raycon.report import page, pictures
+from raycon.nn import pictures
+from raycon.report import page
 from raycon.report.__main__ import main
 
 SECTIONS = {

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from raycon.report import charts, pictures
+from raycon.nn import pictures
+from raycon.report import charts
 
 
 @pytest.mark.parametrize(
