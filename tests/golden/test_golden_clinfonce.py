@@ -171,6 +171,7 @@ def on_rank(folder: str) -> tuple[dict[str, dict[str, torch.Tensor]], ...]:
     return dual_rank(folder), single_rank(folder)
 
 
+@pytest.mark.ranks
 def test_dual_head_and_both_over_ranks(golden_dir: Path) -> None:
     files = golden_files(golden_dir, "clinfonce_dualhead*")
     for world in sorted({w for g in files for _, w in runs(g)}):

@@ -236,6 +236,7 @@ def shuffled_step(folder: str) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.ranks
 def test_two_ranks_with_shuffle_bn(golden_dir: Path) -> None:
     (g,) = golden_files(golden_dir, "pcl_ddp2_step")
     for rank, ours in enumerate(on_ranks(2, shuffled_step, str(golden_dir))):

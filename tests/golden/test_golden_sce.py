@@ -186,6 +186,7 @@ def inbatch_rank(folder: str, number: int) -> list[dict[str, torch.Tensor]]:
     return found
 
 
+@pytest.mark.ranks
 def test_keys_of_the_batch_on_two_ranks(golden_dir: Path) -> None:
     for number, g in enumerate(golden_files(golden_dir, "sce_inbatch_keys*")):
         ours = [case for rank in on_ranks(2, inbatch_rank, str(golden_dir), number) for case in rank]

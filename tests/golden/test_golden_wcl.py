@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -89,6 +90,7 @@ def partition(label: torch.Tensor) -> torch.Tensor:
     return label[:, None] == label[None, :]
 
 
+@pytest.mark.ranks
 def test_steps(golden_dir: Path) -> None:
     for world in sorted({w for g in steps(golden_dir) for w in worlds(g)}):
         ranks = on_ranks(world, one_rank, str(golden_dir)) if world > 1 else [one_rank(str(golden_dir))]

@@ -145,6 +145,7 @@ def _rank(x: np.ndarray, forget: bool) -> Snapshot | str:
         return str(missing)
 
 
+@pytest.mark.ranks
 def test_ranks_hold_a_shard_each_and_agree() -> None:
     x = features(1500)
     snapshots = on_ranks(3, _rank, x, False)
@@ -152,6 +153,7 @@ def test_ranks_hold_a_shard_each_and_agree() -> None:
     assert all(same(one, snapshot) for snapshot in snapshots)
 
 
+@pytest.mark.ranks
 def test_every_rank_hears_of_missing_rows() -> None:
     texts = on_ranks(2, _rank, features(200), True)
     assert texts == ["100 of 200 rows of version 3 are not in the index: add them again"] * 2

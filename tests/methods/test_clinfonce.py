@@ -121,6 +121,7 @@ def wrapped_step() -> list[bool]:
     return found
 
 
+@pytest.mark.ranks
 def test_ddp_bears_a_head_without_gradient() -> None:
     """And leaves it without one, so that LARS and weight decay do not move it."""
     assert on_ranks(2, wrapped_step) == [[False, False, True]] * 2

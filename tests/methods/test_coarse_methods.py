@@ -177,6 +177,7 @@ def rank_all() -> tuple[Tensor, Tensor, Tensor]:
     return rank_gradient("supcon"), *rank_queue()
 
 
+@pytest.mark.ranks
 def test_three_ranks_have_one_queue_and_the_gradient_of_one_process() -> None:
     one, ranks = rank_gradient("supcon"), on_ranks(3, rank_all)
     for gradient, keys, labels in ranks:

@@ -308,6 +308,7 @@ def all_methods() -> dict[tuple[str, bool], dict[str, Any]]:
     return {(n, bn): two_steps(n, bn) for n in methods.names() for bn in (True, False)}
 
 
+@pytest.mark.ranks
 def test_two_ranks() -> None:
     """Queues and weights are the same on both ranks bit for bit; and those of one process where a method says so."""
     first, second = on_ranks(2, all_methods)

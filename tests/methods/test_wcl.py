@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -99,6 +100,7 @@ def gradients(world: int) -> tuple[torch.Tensor, torch.Tensor]:
     return output.loss.detach(), torch.stack([v.grad for v in views if v.grad is not None]) / world
 
 
+@pytest.mark.ranks
 def test_full_gradients_do_not_depend_on_the_number_of_ranks() -> None:
     loss, grad = gradients(1)
     ranks = on_ranks(2, gradients, 2)

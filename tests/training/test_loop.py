@@ -207,6 +207,7 @@ def rank_run(folder: str) -> tuple[list[float], list[torch.Tensor]]:
     return losses, [queue, *(p.detach() for p in method.parameters())]
 
 
+@pytest.mark.ranks
 def test_two_ranks_agree_and_resume(tmp_path: Path) -> None:
     results = on_ranks(2, rank_run, str(tmp_path / "a"))
     for ours, theirs in zip(results[0][1], results[1][1], strict=True):
@@ -226,6 +227,7 @@ def rank_nan(folder: str) -> str:
     return ""
 
 
+@pytest.mark.ranks
 def test_all_ranks_stop_when_one_is_not_finite(tmp_path: Path) -> None:
     first, second = on_ranks(2, rank_nan, str(tmp_path / "a"))
     assert first == second
