@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 except OSError:
                     assert time.monotonic() < end, "the dashboard did not come up"
                     assert process.poll() is None
+                    threading.Event().wait(0.2)
             yield address, env
         finally:
             process.send_signal(signal.SIGTERM)

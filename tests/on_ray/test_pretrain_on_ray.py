@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
     while not condition():
         assert process.poll() is None, f"ended early with {process.returncode}"
         assert time.monotonic() < end, "timed out"
-        os.sched_yield()
+        threading.Event().wait(0.2)  # between two looks: spinning would take a core from the run
 
 
 def ranks_of(run_dir: Path) -> list[int]:
