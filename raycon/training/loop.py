@@ -194,7 +194,8 @@ class FiniteGuard:
             return
         self.flush()
         self._optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        flag = bad.to("cpu", non_blocking=True)
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)  # a copy to pageable memory would wait
+        flag.copy_(bad, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._pending = (flag, event, step, batch.row)
