@@ -153,6 +153,12 @@ class MiningConfig:
     """CPU threads per shard."""
     memory_gb: float = 0.0
     """Most memory one shard may hold; 0: what the machine has free."""
+    lag: int = 0
+    """0: training waits for each refresh; 1: a refresh is made while the next epoch trains on the snapshot before."""
+    persist: bool = False
+    """Ray: each shard writes its features to <run>/index, so that a lost actor comes back with them."""
+    cpus: float = 0.0
+    """CPUs that Ray sets aside for each shard; 0: shards work on what training leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +180,27 @@ class EvalConfig:
     knn_temperature: float = 0.07
     linear_epochs: int = 100
     """Passes of the linear probe over the features."""
+    epochs: int = 0
+    """Epochs of fine-tuning and of the published linear protocols; 0: the published number."""
+    label_list: str = ""
+    """A file that names the labelled images for fine-tuning, one per line; empty: class-balanced, from the seed."""
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Images per class of the low-shot SVMs."""
+    shot_runs: int = 5
+    svm_costs: tuple[float, ...] = (0.5,)
+    """C of the SVMs; each is reported by itself when there are several."""
+    retrieval_positional: bool = False
+    """Leave out whatever comes first, as MaskCon's code does, and not the query itself."""
+    coco: str = ""
+    """Where the detection data is: a folder in COCO's layout."""
+    iterations: int = 0
+    """Steps of the detection training; 0: the published number."""
+    retries: int = 1
+    """How often an evaluation that crashed is tried again before it is reported as failed."""
     cpus: float = 0.0
-    """CPUs that Ray sets aside for the evaluation task; 0: it runs on what training leaves."""
+    """CPUs that Ray sets aside for each evaluation's task; 0: it runs on what training leaves."""
     gpus: float = 0.0
+    """GPUs of each task that runs the network: features, fine-tuning, the published linear protocols, detection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,6 +457,10 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
     require(config.mining.shards >= 1, f"mining.shards = {config.mining.shards}: give 1 or more")
     require(config.mining.iterations >= 1, f"mining.iterations = {config.mining.iterations}: give 1 or more")
     require(config.mining.redo >= 1, f"mining.redo = {config.mining.redo}: give 1 or more")
+    require(config.mining.lag in (0, 1), f"mining.lag = {config.mining.lag}: give 0 (wait for a refresh) or 1")
+    require(config.mining.cpus >= 0, f"mining.cpus = {config.mining.cpus}: give 0 or more")
+    require(config.mining.threads >= 1, f"mining.threads = {config.mining.threads}: give 1 or more")
+    require(config.mining.memory_gb >= 0, f"mining.memory_gb = {config.mining.memory_gb}: give 0 (what is free) or more")
     require(config.log.every_steps >= 1, f"log.every_steps = {config.log.every_steps}: give 1 or more")
     require(
         config.checkpoint.every_steps >= 0, f"checkpoint.every_steps = {config.checkpoint.every_steps}: give 0 or more"
@@ -452,6 +480,7 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
     require(
         bool(config.evals.knn_k) and min(config.evals.knn_k) >= 1, f"evals.knn_k = {config.evals.knn_k}: give 1 or more"
     )
+    found += evaluation_problems(config.evals)
     require(config.scaling.workers >= 1, f"scaling.workers = {config.scaling.workers}: give 1 or more")
     require(config.scaling.threads >= 1, f"scaling.threads = {config.scaling.threads}: give 1 or more")
     require(
@@ -459,3 +488,17 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
         f"scaling.max_failures = {config.scaling.max_failures}: give -1 (no limit) or more",
     )
     return found + config.method.problems(facts)
+
+
+def evaluation_problems(evals: EvalConfig) -> list[str]:
+    """What is wrong with the numbers of ``evals.*`` beyond those of kNN."""
+    found = at_least("evals.linear_epochs", evals.linear_epochs, 1) + at_least("evals.epochs", evals.epochs, 0)
+    found += at_least("evals.iterations", evals.iterations, 0) + at_least("evals.retries", evals.retries, 0)
+    found += at_least("evals.shot_runs", evals.shot_runs, 1)
+    found += [f"evals.shots has {k}: give 1 or more" for k in evals.shots if k < 1]
+    found += [f"evals.svm_costs has {c}: give numbers above 0" for c in evals.svm_costs if not c > 0]
+    if not evals.svm_costs:
+        found.append("evals.svm_costs is empty: give 0.5, say")
+    for name in ("cpus", "gpus"):
+        found += at_least(f"evals.{name}", getattr(evals, name), 0)
+    return found
