@@ -57,6 +57,16 @@ class Method(nn.Module, ABC):
     def encoder(self) -> nn.Module:
         """What evaluations and users receive: (B, C, H, W) -> (B, F)."""
 
+    @torch.no_grad()
+    def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor | None:
+        """(B, B) float32 >= 0: the share of image i's target that lies on image j, its own share on the diagonal.
+
+        For the report, which shows it in pictures. The B images (evaluation view, with their rows and weak labels) stand
+        for the candidates: the batch of all ranks or the queue. Called in eval mode. None: an image's only positive is
+        itself, or no image at all (prototypes, classes).
+        """
+        return None
+
     def embed(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """(B, D) float32 unit length; the network runs in bf16 when asked, what follows in float32."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):

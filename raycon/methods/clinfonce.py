@@ -224,6 +224,18 @@ class ClInfoNCE(Method):
             loss = loss + losses.cross_entropy(logits, target) / 2
         return loss, positive.sum(1).float().mean()
 
+    @torch.no_grad()
+    def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor | None:
+        """Uniform over the views of the same cluster; of the own image one view (single: the other) counts."""
+        cluster_B = self.cluster_of(Batch((images,), row, label), mined)
+        if cluster_B is None:
+            return None
+        views_BB = losses.same_cluster(cluster_B, cluster_B).float()
+        if self.options.form == "single":
+            views_BB *= 2
+            views_BB.fill_diagonal_(1.0)
+        return views_BB / views_BB.sum(1, keepdim=True)
+
     def features(self, images: Tensor) -> Tensor:
         """The (first) head's: what k-means clusters."""
         if self.options.form == "single":

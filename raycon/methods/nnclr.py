@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raycon.core import dist
@@ -87,6 +89,14 @@ class NNCLR(Method):
 
     def after_step(self, keep: Mapping[str, Tensor], progress: Progress) -> None:
         self.queue.enqueue(dist.gather(keep["key"]))
+
+    @torch.no_grad()
+    def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor:
+        """One-hot at the nearest other image, the images' own embeddings in place of the queue."""
+        projected_BD = self.features(images)
+        own_B = losses.own_columns(projected_BD, 0)
+        nearest_B = losses.pair_logits(projected_BD, projected_BD, self.options.temperature, own_B).argmax(1)
+        return F.one_hot(nearest_B, len(nearest_B)).float()
 
     def features(self, images: Tensor) -> Tensor:
         return self.embed(self.student, images)

@@ -63,6 +63,14 @@ class SupCon(Method):
         metrics = {"accuracy/positive": right_V.float().mean()}
         return Output(loss, {"embedding": query_VD[: len(batch.row)].detach()}, metrics)
 
+    @torch.no_grad()
+    def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor:
+        """Uniform over the views of the same label: two of every other image, the other one of the own."""
+        cluster_B = losses.unlabelled_alone(label, row)
+        views_BB = 2.0 * losses.same_cluster(cluster_B, cluster_B).float()
+        views_BB.fill_diagonal_(1.0)
+        return views_BB / views_BB.sum(1, keepdim=True)
+
     def features(self, images: Tensor) -> Tensor:
         return self.embed(self.student, images)
 

@@ -162,6 +162,15 @@ class WCL(Method):
                 total = total + losses.cross_entropy(logits_BG, target_BG)
         return total / (2 * len(crops))
 
+    @torch.no_grad()
+    def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor:
+        """Uniform over the own component of the neighbour graph (the weak loss; itself left out)."""
+        second_BD = self.embed_each(self.student, images)[1]
+        own_B = losses.own_columns(second_BD, 0)
+        nearest_B = losses.pair_logits(second_BD, second_BD, self.options.temperature, own_B).argmax(1)
+        label_B = graph.components(nearest_B)
+        return losses.uniform_over(losses.same_cluster(label_B, label_B, own_B))
+
     def features(self, images: Tensor) -> Tensor:
         """The second head's: neighbours in its space are what the weak labels are made of."""
         return self.embed_each(self.student, images)[1]
