@@ -299,8 +299,10 @@ def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world:
     there = next(p for p in (run_dir, *run_dir.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         found.append(f"run.dir = {str(run_dir)!r} cannot be written ({there} is no writable directory): give another")
-    if unknown := [n for n in config.evals.names if n not in evals.names()]:
-        found.append(f"evals.names: no evaluation {', '.join(unknown)}; there are {', '.join(evals.names())}")
+    try:
+        evals.parse(config.evals.names)
+    except ConfigError as error:
+        found += error.problems
     for name in config.method.needs().views:
         try:
             views.view_spec(config.data.views, name, config.data.size, (0.5,), (0.5,))

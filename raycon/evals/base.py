@@ -1,8 +1,12 @@
 """What all evaluations share: their data, how they are found by name, how they are run and kept.
 
 An evaluation is one file in this folder with a class ``Evaluation``: constructor ``Evaluation(config, seed)``, then
-``run(sets) -> dict[str, float]`` of numbers named "<file>/<number>", such as "knn/top1_k20". Adding the file registers
-it. Accuracies (``top1``) are in percent, 0 to 100, as the papers print them.
+``run(sets) -> dict[str, float]`` of numbers named "<file>/<number>", such as "knn/top1_k20"; or, when it looks at the
+images themselves, ``run_on(source)`` in place of ``run``. Adding the file registers it. Accuracies (``top1``) are in
+percent, 0 to 100, as the papers print them.
+
+What a person asks for is a task: "knn", "linear:pcl" (a published protocol, see protocols.py), "knn@cifar10" (on
+another data set than the run's), or both. Numbers are then named "<task>/<number>".
 
 Importing this file imports neither torch nor the evaluations, so their names can be listed quickly.
 """
@@ -19,22 +23,25 @@ import pkgutil
 import time
 import traceback
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from raycon.core.config import ConfigError, EvalConfig
+from raycon.evals.protocols import PRESETS, TRANSFER
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-_HELPERS = frozenset({"base", "features", "on_checkpoint"})
+_HELPERS = frozenset({"base", "coco", "features", "metrics", "on_checkpoint", "protocols", "rcnn", "sgd"})
 """Files of this folder that are not evaluations."""
 
 
 class FeatureSets(NamedTuple):
-    """Features of one encoder, extracted once and shared by all evaluations. All on the CPU.
+    """Features of one encoder, extracted once and shared by all evaluations. All on the CPU, never written to.
 
     When a data set has no test split, ``test`` is the same tensor as ``train``: kNN then leaves each row itself out.
     """
@@ -47,10 +54,39 @@ class FeatureSets(NamedTuple):
     """(M, D) float32."""
     test_label: Tensor
     """(M,) int64."""
+    validation_rows: Tensor | None = None
+    """Rows of train that the data set gives as its validation split."""
+    train_multi: Tensor | None = None
+    """(N, C) int8 of a data set with several labels per image: 1 there, -1 not there, 0 there but difficult."""
+    test_multi: Tensor | None = None
+    """(M, C) int8."""
+    assignment: tuple[Tensor, ...] = ()
+    """Per clustering of the run's own snapshot (N,) int64."""
+    data: str = ""
+    """The name of the data set."""
 
     @property
     def classes(self) -> int:
         return int(max(self.train_label.max(), self.test_label.max())) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What features come from, for evaluations that train the encoder or augment its images. Can be pickled."""
+
+    encoder: nn.Module
+    """(B, C, H, W) -> (B, F), its attribute ``features`` is F; shared: copy it before changing it."""
+    train: Any
+    """The data set's ImageSet (data_loaders/datasets)."""
+    test: Any
+    """None when there is no test split."""
+    size: int
+    """Side of an image for the encoder, in pixels."""
+    mean: tuple[float, ...]
+    """Of the images the encoder was trained with, per channel."""
+    std: tuple[float, ...]
+    device: torch.device
+    cache: Path
 
 
 class Evaluation(Protocol):
@@ -59,27 +95,75 @@ class Evaluation(Protocol):
         ...
 
 
+class ImageEvaluation(Protocol):
+    def run_on(self, source: Source) -> dict[str, float]:
+        """As ``Evaluation.run``, from the encoder and the images."""
+        ...
+
+
+class Task(NamedTuple):
+    """One thing asked for: "evaluation:preset@data"."""
+
+    evaluation: str
+    preset: str = ""
+    data: str = ""
+    """Empty: the run's own data set."""
+
+    @property
+    def name(self) -> str:
+        return self.evaluation + (f":{self.preset}" if self.preset else "") + (f"@{self.data}" if self.data else "")
+
+
 class Outcome(NamedTuple):
     results: dict[str, float]
-    """All numbers; "<name>/failed": 1.0 for an evaluation that crashed."""
+    """All numbers; "<task>/failed": 1.0 for an evaluation that crashed."""
     failed: dict[str, str]
     """The error text of each evaluation that crashed."""
     seconds: dict[str, float]
     """Wall time of each evaluation."""
 
+    def add(self, other: Outcome) -> None:
+        self.results.update(other.results)
+        self.failed.update(other.failed)
+        self.seconds.update(other.seconds)
+
 
 def names() -> tuple[str, ...]:
-    """All evaluations, by the names of their files."""
+    """All evaluations, by the names of their files, each followed by its presets."""
     folder = Path(__file__).parent
-    return tuple(sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if m.name not in _HELPERS))
+    files = sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if m.name not in _HELPERS)
+    return tuple(name for file in files for name in (file, *(f"{file}:{p}" for p in PRESETS.get(file, ()))))
 
 
-def build(name: str, config: EvalConfig, seed: int = 0) -> Evaluation:
-    """The evaluation ``name`` under these options. Raises ConfigError naming all evaluations when there is no such."""
-    if name not in names():
-        raise ConfigError([f"evals.names: no evaluation {name!r}; there are {', '.join(names())}"])
-    evaluation: Evaluation = importlib.import_module(f"raycon.evals.{name}").Evaluation(config, seed)
-    return evaluation
+def parse(wanted: Iterable[str]) -> list[Task]:
+    """The tasks of a list of names, each once. ``transfer@all`` stands for ssl-transfer's eleven data sets.
+
+    Raises ConfigError naming all that are unknown.
+    """
+    tasks, problems, known = [], [], names()
+    for text in wanted:
+        what, _, data = text.partition("@")
+        if what not in known:
+            problems.append(f"evals.names: no evaluation {what!r}; there are {', '.join(known)}")
+            continue
+        evaluation, _, preset = what.partition(":")
+        sets = TRANSFER if (evaluation, data) == ("transfer", "all") else (data,)
+        tasks += [Task(evaluation, preset, name) for name in sets]
+    if problems:
+        raise ConfigError(problems)
+    return list(dict.fromkeys(tasks))
+
+
+def build(task: str | Task, config: EvalConfig, seed: int = 0) -> Any:
+    """The Evaluation or ImageEvaluation of a task. Raises ConfigError naming all evaluations when there is no such."""
+    (task,) = parse([task]) if isinstance(task, str) else (task,)
+    made = importlib.import_module(f"raycon.evals.{task.evaluation}").Evaluation
+    return made(config, seed, task.preset) if task.preset else made(config, seed)
+
+
+def needs_features(task: Task, config: EvalConfig) -> bool:
+    """Features extracted once serve it; else it looks at the images itself."""
+    return hasattr(build(task, config), "run")
 
 
 def check(sets: FeatureSets) -> None:
@@ -92,39 +176,78 @@ def check(sets: FeatureSets) -> None:
             raise ValueError(
                 f"{what} features {tuple(features.shape)} with labels {tuple(label.shape)}: give (N, D) and (N,), N > 0"
             )
-        if not bool(features.isfinite().all()):
-            bad = (~features.isfinite().all(1)).nonzero().flatten()
-            raise ValueError(f"{len(bad)} {what} features are not finite, the first at row {int(bad[0])}")
+        for first in range(0, len(features), _CHECKED):  # in blocks: the answer for all at once is a quarter of them
+            fine = features[first : first + _CHECKED].isfinite().all(1)
+            if not bool(fine.all()):
+                row = first + int((~fine).nonzero()[0])
+                raise ValueError(f"{what} features are not finite, the first of them at row {row}")
         if int(label.min()) < 0:
             raise ValueError(f"{what} label {int(label.min())}: evaluations need a label >= 0 for every row")
     if sets.train.shape[1] != sets.test.shape[1]:
         raise ValueError(f"train features have width {sets.train.shape[1]}, test features {sets.test.shape[1]}")
 
 
-def run_all(wanted: Iterable[str], config: EvalConfig, sets: FeatureSets, seed: int = 0) -> Outcome:
-    """Run evaluations one after another on the same features; one that crashes takes no other down.
+_CHECKED = 65_536
 
-    A number that is not finite counts as a crash of its evaluation. Raises ConfigError for an unknown name (before
-    anything runs) and ValueError for features no evaluation could use.
+
+def run_all(
+    wanted: Iterable[str | Task],
+    config: EvalConfig,
+    sets: FeatureSets | None,
+    seed: int = 0,
+    source: Source | None = None,
+) -> Outcome:
+    """Run evaluations one after another on the same data; one that crashes takes no other down.
+
+    A crash is tried ``evals.retries`` times more. A number that is not finite counts as a crash of its evaluation.
+    Raises ConfigError for an unknown name (before anything runs) and ValueError for features no evaluation could use.
     """
-    evaluations = {name: build(name, config, seed) for name in wanted}
-    check(sets)
+    tasks = [t for name in wanted for t in (parse([name]) if isinstance(name, str) else [name])]
+    for task in tasks:
+        build(task, config, seed)
+    if sets is not None:
+        check(sets)
     outcome = Outcome({}, {}, {})
-    for name, evaluation in evaluations.items():
+    for task in tasks:
         start = time.perf_counter()
-        try:
-            numbers = evaluation.run(sets)
-            broken = [f"{key} = {value}" for key, value in numbers.items() if not math.isfinite(value)]
-            if broken:
-                raise ValueError(f"not finite: {', '.join(broken)}")
-            outcome.results.update(numbers)
-        except Exception as error:  # whatever it is, the other evaluations and the training must go on
-            log.warning("evaluation %s failed: %s", name, error)
-            log.debug("%s", traceback.format_exc())
-            outcome.results[f"{name}/failed"] = 1.0
-            outcome.failed[name] = f"{type(error).__name__}: {error}"
-        outcome.seconds[name] = time.perf_counter() - start
+        for attempt in range(config.retries + 1):
+            try:
+                outcome.results.update(run_one(task, config, seed, sets, source))
+                break
+            except Exception as error:  # whatever it is, the other evaluations and the training must go on
+                if attempt == config.retries or not worth_repeating(error):
+                    outcome.add(failure(task, error))
+                    break
+                log.warning("evaluation %s failed and is tried again: %s", task.name, error)
+        outcome.seconds[task.name] = time.perf_counter() - start
     return outcome
+
+
+def run_one(
+    task: Task, config: EvalConfig, seed: int, sets: FeatureSets | None, source: Source | None
+) -> dict[str, float]:
+    """The numbers of one task, named after it. Raises whatever goes wrong, ValueError when a number is not finite."""
+    evaluation = build(task, config, seed)
+    given = sets if hasattr(evaluation, "run") else source
+    if given is None:
+        raise ValueError(f"{task.name} needs {'features' if hasattr(evaluation, 'run') else 'the encoder and images'}")
+    numbers = evaluation.run(given) if hasattr(evaluation, "run") else evaluation.run_on(given)
+    broken = [f"{key} = {value}" for key, value in numbers.items() if not math.isfinite(value)]
+    if broken:
+        raise ValueError(f"not finite: {', '.join(broken)}")
+    return {f"{task.name}/{key.split('/', 1)[1]}": value for key, value in numbers.items()}
+
+
+def worth_repeating(error: BaseException) -> bool:
+    """A wrong request or data that do not fit would fail again; memory, a device, a disk may do better next time."""
+    return not isinstance(error, (ValueError, TypeError, AssertionError, KeyError, ImportError))
+
+
+def failure(task: Task, error: BaseException) -> Outcome:
+    """The outcome of a task that did not work."""
+    log.warning("evaluation %s failed: %s", task.name, error)
+    log.debug("%s", "".join(traceback.format_exception(error)))
+    return Outcome({f"{task.name}/failed": 1.0}, {task.name: f"{type(error).__name__}: {error}"}, {})
 
 
 def append_results(file: Path, entry: Mapping[str, Any]) -> None:
