@@ -91,7 +91,16 @@ class DataConfig:
     name: str = "digits"
     """The data set: the name of its reader in data_loaders/datasets."""
     root: str = ""
-    """Where its files are; empty: the usual places."""
+    """Where its files are: a folder, or for some data sets s3://..., gs://...; empty: the usual places."""
+    listing: str = ""
+    """A file that lists the images (image-list, image-table), the classes or the metadata (docs/data.md); {split} in
+    it becomes the split's name."""
+    columns: tuple[str, ...] = ()
+    """What the columns of data.listing are: path label weak, for a table as ROLE=COLUMN."""
+    level: str = ""
+    """Which weak labels, where a data set has several (docs/data.md)."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """skip: read all images once before the run and leave the unreadable ones out, with their number in the log."""
     loader: Literal["auto", "ffcv", "ray", "torch"] = "auto"
     """auto: ffcv where it is installed, else torch; the choice is printed."""
     size: int = 224
@@ -102,6 +111,9 @@ class DataConfig:
     """Loader processes (torch) or threads (ffcv) per rank; 0: the loader works in the training process."""
     cache: str = ""
     """Where converted data (.beton) is kept; empty: .cache beside the run directory."""
+    validation: float = 0.0
+    """Share of the training images held out by (seed, row): not trained on, and what evaluations score instead of the
+    test split. For sweeps; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +165,20 @@ class MiningConfig:
     """CPU threads per shard."""
     memory_gb: float = 0.0
     """Most memory one shard may hold; 0: what the machine has free."""
+    algorithm: Literal["exact", "minibatch", "hierarchical"] = "exact"
+    """k-means by Lloyd over all rows (the papers'); by slices of the rows; on two levels (k of 10,000s and more)."""
+    balanced: bool = False
+    """Even out the clusters' sizes by a weight per cluster (algorithm = exact only)."""
+    neighbours: Literal["exact", "ivf", "hnsw"] = "exact"
+    """ivf, hnsw: approximate, at the recall below (measured on a sample in every refresh); for 50,000 rows and more."""
+    recall: float = 0.995
+    """Share of the true neighbours that ivf and hnsw must find."""
+    storage: Literal["fp32", "fp16"] = "fp32"
+    """fp16: half the memory; the exact rows lie in a scratch file (TMPDIR) for those that rounding leaves in doubt."""
+    engine: Literal["auto", "faiss", "torch"] = "auto"
+    """auto: faiss where it is installed, else torch."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """gpu: the shards compute on a CUDA device; the features stay in the machine's memory."""
     lag: int = 0
     """0: training waits for each refresh; 1: a refresh is made while the next epoch trains on the snapshot before."""
     persist: bool = False
@@ -208,6 +234,8 @@ class LogConfig:
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "raycon"
     """wandb project."""
+    group: str = ""
+    """wandb group; a sweep puts its trials into one."""
     every_steps: int = 10
     quiet: bool = False
     """Only warnings and the result on the terminal."""
@@ -452,11 +480,22 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
         f"train.batch = {train.batch} is more than the {facts.rows} images of data.name = {config.data.name!r}",
     )
     require(config.data.size >= 4, f"data.size = {config.data.size}: give 4 pixels or more")
+    require(
+        0 <= config.data.validation < 1,
+        f"data.validation = {config.data.validation}: give a share from 0 (none held out) to below 1",
+    )
     require(config.data.workers >= 0, f"data.workers = {config.data.workers}: give 0 or more")
     require(config.model.width >= 1, f"model.width = {config.model.width}: give 1 or more")
     require(config.mining.shards >= 1, f"mining.shards = {config.mining.shards}: give 1 or more")
     require(config.mining.iterations >= 1, f"mining.iterations = {config.mining.iterations}: give 1 or more")
     require(config.mining.redo >= 1, f"mining.redo = {config.mining.redo}: give 1 or more")
+    require(
+        0 < config.mining.recall <= 1, f"mining.recall = {config.mining.recall}: give a number above 0, at most 1"
+    )
+    require(
+        not config.mining.balanced or config.mining.algorithm == "exact",
+        f"mining.balanced goes with mining.algorithm = exact only: {config.mining.algorithm} does not balance",
+    )
     require(config.mining.lag in (0, 1), f"mining.lag = {config.mining.lag}: give 0 (wait for a refresh) or 1")
     require(config.mining.cpus >= 0, f"mining.cpus = {config.mining.cpus}: give 0 or more")
     require(config.mining.threads >= 1, f"mining.threads = {config.mining.threads}: give 1 or more")

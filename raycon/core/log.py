@@ -52,6 +52,7 @@ class Wandb:
         self._run = wandb.init(
             project=config.log.project,
             name=run_dir.name,
+            group=config.log.group or None,
             id=run_dir.name[-64:].replace("/", "-"),
             resume="allow",
             dir=str(run_dir),

@@ -73,7 +73,14 @@ def keep(run_dir: Path, entry: dict[str, Any], outcome: Outcome) -> dict[str, An
 
 
 def open_sets(config: RunConfig) -> tuple[Any, Any]:
-    """The train split and the test split (None where the data set has none)."""
+    """The train split and the test split (None where the data set has none).
+
+    With ``data.validation``, the rows held out of training stand in for the test split, which is not opened.
+    """
+    if config.data.validation:
+        from raycon.training import job
+
+        return job.open_data(config), job.open_data(config, "validation")
     datasets = importlib.import_module("raycon.data_loaders.datasets")
     train = datasets.open_dataset(config.data.name, config.data.root, "train")
     try:

@@ -29,10 +29,20 @@ STOPS = (loop.NotFinite, CheckpointError, ConfigError)
 
 
 def open_data(config: RunConfig, split: str = "train") -> Any:
-    """The ImageSet of ``data.name``. Raises ConfigError when there is no such, or its files are missing."""
-    return importlib.import_module("raycon.data_loaders.datasets").open_dataset(
-        config.data.name, config.data.root, split
+    """The ImageSet of ``data.name``. Raises ConfigError when there is no such, or its files are missing.
+
+    With ``data.validation``, "train" is without the rows held out, and "validation" is those.
+    """
+    wanted = "train" if split == "validation" else split
+    dataset = importlib.import_module("raycon.data_loaders.datasets").open_dataset(
+        config.data.name, config.data.root, wanted
     )
+    if wanted == "train" and config.data.validation:
+        kept, held = importlib.import_module("raycon.data_loaders.hold_out").hold_out(
+            dataset, config.data.validation, config.seed
+        )
+        return held if split == "validation" else kept
+    return dataset
 
 
 def facts_of(config: RunConfig, dataset: Any, world: int) -> Facts:
