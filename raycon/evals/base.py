@@ -2,7 +2,8 @@
 
 An evaluation is one file in this folder with a class ``Evaluation``: constructor ``Evaluation(config, seed)``, then
 ``run(sets) -> dict[str, float]`` of numbers named "<file>/<number>", such as "knn/top1_k20"; or, when it looks at the
-images themselves, ``run_on(source)`` in place of ``run``. Adding the file registers it. Accuracies (``top1``) are in
+images themselves, ``run_on(source)`` in place of ``run``. Adding the file registers it (a function ``preset(config,
+seed, name)`` makes the evaluation of a published protocol). Accuracies (``top1``) are in
 percent, 0 to 100, as the papers print them.
 
 What a person asks for is a task: "knn", "linear:pcl" (a published protocol, see protocols.py), "knn@cifar10" (on
@@ -87,6 +88,8 @@ class Source:
     std: tuple[float, ...]
     device: torch.device
     cache: Path
+    workers: int = 0
+    """Helper processes that read images."""
 
 
 class Evaluation(Protocol):
@@ -157,8 +160,8 @@ def parse(wanted: Iterable[str]) -> list[Task]:
 def build(task: str | Task, config: EvalConfig, seed: int = 0) -> Any:
     """The Evaluation or ImageEvaluation of a task. Raises ConfigError naming all evaluations when there is no such."""
     (task,) = parse([task]) if isinstance(task, str) else (task,)
-    made = importlib.import_module(f"raycon.evals.{task.evaluation}").Evaluation
-    return made(config, seed, task.preset) if task.preset else made(config, seed)
+    module = importlib.import_module(f"raycon.evals.{task.evaluation}")
+    return module.preset(config, seed, task.preset) if task.preset else module.Evaluation(config, seed)
 
 
 def needs_features(task: Task, config: EvalConfig) -> bool:

@@ -7,14 +7,17 @@ The controls are the same code with another encoder: ``pixels`` in place of the 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raycon.core.types import Images
-from raycon.evals.base import FeatureSets
+from raycon.core.config import ConfigError
+from raycon.core.types import Images, LoaderPlan
+from raycon.evals.base import FeatureSets, Source
+from raycon.nn import views
 
 
 def extract(encoder: Callable[[Tensor], Tensor], blocks: Iterable[Images], rows: int) -> Tensor:
@@ -58,6 +61,29 @@ def extract_sets(
     if test is None or test_label is None:
         return FeatureSets(train_ND, train_label, train_ND, train_label)
     return FeatureSets(train_ND, train_label, extract(encoder, test, len(test_label)), test_label.cpu().long())
+
+
+def scan(source: Source, dataset: Any, resize: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Images]:
+    """The rows of ``rank`` of an ImageSet as the encoder wants them: centre crops, normalised with *its* mean and std.
+
+    resize: the shorter side before the crop, see views.eval_spec. Raises ConfigError when the channels do not fit.
+    """
+    check_channels(dataset, source.mean)
+    plan = LoaderPlan(
+        specs=(), eval_spec=views.eval_spec(source.size, source.mean, source.std, resize), seed=0,
+        batch=min(512, len(dataset)) // world * world or world, rank=rank, world=world, device=source.device,
+        workers=source.workers, cache=source.cache,
+    )  # fmt: skip
+    loader = importlib.import_module("raycon.data_loaders").open_loader("torch", dataset, plan)
+    blocks: Iterator[Images] = loader.scan()
+    return blocks
+
+
+def check_channels(dataset: Any, mean: tuple[float, ...]) -> None:
+    if len(dataset.mean) != len(mean):
+        raise ConfigError(
+            [f"data.name = {dataset.name!r} has {len(dataset.mean)} channel(s), the encoder takes {len(mean)}"]
+        )
 
 
 def blocks(images: Tensor, size: int = 512, device: torch.device | str = "cpu") -> Iterator[Images]:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from raycon.core import stream
 from raycon.core.config import EvalConfig
-from raycon.evals.base import FeatureSets, check
+from raycon.evals import sgd
+from raycon.evals.base import FeatureSets, Source, check
+from raycon.evals.protocols import LINEAR
 
 RATES = (1.0, 4.0, 16.0, 64.0)
 DECAYS = (0.0, 1e-5, 1e-4)
@@ -77,6 +79,37 @@ class Evaluation:
             "linear/lr": settings[best][0],
             "linear/weight_decay": settings[best][1],
         }
+
+
+class Published:
+    """A paper's own protocol: SGD on the frozen encoder with augmentation; "linear/top1" and "linear/top5" of the last
+    epoch (some of the papers' codes report the epoch that is best on test, which reads higher)."""
+
+    def __init__(self, config: EvalConfig, seed: int, name: str) -> None:
+        self.training, self.epochs, self.seed = LINEAR[name], config.epochs, seed
+
+    def run_on(self, source: Source) -> dict[str, float]:
+        numbers = sgd.on_images(self.training, source, self.epochs, self.seed)
+        return {f"linear/{name}": value for name, value in numbers.items()}
+
+
+class PublishedOnce:
+    """The same optimiser on features extracted once, without augmentation: a fraction of the time, other numbers."""
+
+    def __init__(self, config: EvalConfig, seed: int, name: str) -> None:
+        self.training, self.epochs, self.seed = LINEAR[name], config.epochs, seed
+
+    def run(self, sets: FeatureSets) -> dict[str, float]:
+        check(sets)
+        if sets.test is sets.train:
+            raise ValueError("a linear probe needs a test split; this data set has none")
+        numbers = sgd.on_features(self.training, sets, self.epochs, self.seed)
+        return {f"linear/{name}": value for name, value in numbers.items()}
+
+
+def preset(config: EvalConfig, seed: int, name: str) -> Published | PublishedOnce:
+    once = name.endswith("-once")
+    return PublishedOnce(config, seed, name.removesuffix("-once")) if once else Published(config, seed, name)
 
 
 def fit(

@@ -34,7 +34,6 @@ class Training:
     weight_decay: float = 0.0
     normal_init: bool = True
     """Classifier weights from N(0, 0.01), bias 0; else PyTorch's default."""
-    drop_last: bool = False
     crop_scale: tuple[float, float] = (0.08, 1.0)
     colour: bool = False
     """Jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8 and gray with 0.2, besides crop and flip."""

@@ -448,7 +448,8 @@ def test_recall(golden_dir: Path) -> None:
                 sets = FeatureSets(feature, g["fine_labels"], feature, g["fine_labels"])
                 numbers = retrieval.Evaluation(EvalConfig()).run(sets)
                 expected = dict(zip(ks, 100 * g[f"{name}/recall_identity_loo64"].numpy(), strict=True))
-                assert numbers == pytest.approx({f"retrieval/recall_at_{k}": expected[k] for k in ks})
+                recall = {k: v for k, v in numbers.items() if "recall_at" in k}
+                assert recall == pytest.approx({f"retrieval/recall_at_{k}": expected[k] for k in ks})
 
 
 def test_coarse_labels(golden_dir: Path) -> None:
