@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from raycon.core.config import ConfigError, ModelConfig
+from raycon.nn import published
 
 _RESNETS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
     "resnet10": ("basic", (1, 1, 1, 1)),
@@ -131,7 +133,7 @@ def _timm(name: str, channels: int) -> nn.Module:
     if name not in timm.list_models():
         raise ConfigError([f"model.encoder = 'timm:{name}': timm has no such model"])
     net = timm.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
-    return _Classifier(net, int(net.num_features))
+    return _Classifier(net, int(net.num_features))  # type: ignore[arg-type]
 
 
 class _Classifier(nn.Module):
@@ -150,18 +152,18 @@ class _Classifier(nn.Module):
 def load_weights(encoder: nn.Module, source: str) -> None:
     """Start an encoder from ``model.weights``; a classifier's ``fc`` is ignored.
 
-    A file is opened without running code. "torchvision:NAME" (IMAGENET1K_V1, say) is downloaded once. A ResNet with a
-    small stem keeps its fresh first convolution, as MaskCon's code does. Raises ConfigError when the weights cannot be
-    had, tensors are missing or do not fit.
+    A file is opened without running code; those of MoCo, PCL, WCL, Cl-InfoNCE, SCE and MaskCon are recognised (see
+    published.py). "torchvision:NAME" (IMAGENET1K_V1, say) is downloaded once. A ResNet with a small stem keeps its
+    fresh first convolution, as MaskCon's code does. Raises ConfigError when the weights cannot be had, tensors are
+    missing or do not fit.
     """
     if source.startswith("torchvision:"):
         state = _published_weights(encoder, source)
-    elif source.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        state = load_file(source)
     else:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        with published.option("model.weights"):
+            _, state = published.encoder_for(published.read(Path(source)), source)
+        if isinstance(encoder, _Classifier):
+            state = {f"net.{k}": v for k, v in state.items()}
     own = encoder.state_dict()
     fresh = isinstance(encoder, ResNet) and encoder.stem != "imagenet" and "conv1.weight" in state
     if fresh and state["conv1.weight"].shape != own["conv1.weight"].shape:
@@ -179,7 +181,6 @@ def load_weights(encoder: nn.Module, source: str) -> None:
 def _published_weights(encoder: nn.Module, source: str) -> dict[str, Tensor]:
     """torchvision's weights of an encoder, from its cache or the internet."""
     import urllib.request
-    from pathlib import Path
 
     from torchvision import models
 
