@@ -106,16 +106,19 @@ class MaskCon(Method):
             feature_BF = self.student.encoder(query_image)
             projected_BD = self.student.head(feature_BF)
         query_BD = F.normalize(projected_BD.float(), dim=1)
-        logits_BC = losses.queue_logits(query_BD, key_BD, self.queue.keys, self.options.temperature)
-        own_B = losses.first_column(logits_BC)
-        metrics = {"accuracy/instance": losses.accuracy(logits_BC, own_B)}
-        if self.classifier is None:
-            soft = self.options.weight > 0 or self.options.official_targets
-            loss = losses.cross_entropy(logits_BC, self.target(key_BD, batch.label) if soft else own_B)
-        else:
-            class_BY = self.classifier(feature_BF.float())
+        soft = self.classifier is None and (self.options.weight > 0 or self.options.official_targets)
+
+        def part(rows: slice, query_RD: Tensor) -> tuple[Tensor, ...]:
+            logits_RC = losses.queue_logits(query_RD, key_BD[rows], self.queue.keys, self.options.temperature)
+            own_R = losses.first_column(logits_RC)
+            target = self.target(key_BD[rows], batch.label[rows]) if soft else own_R
+            return losses.cross_entropy(logits_RC, target), losses.accuracy(logits_RC, own_R)
+
+        loss, right = losses.by_rows(part, (query_BD,), 1 + len(self.queue.keys))
+        metrics = {"accuracy/instance": right}
+        if self.classifier is not None:
+            class_BY, instance = self.classifier(feature_BF.float()), loss
             coarse = losses.class_cross_entropy(class_BY, batch.label)
-            instance = losses.cross_entropy(logits_BC, own_B)
             loss = self.options.weight * coarse + (1 - self.options.weight) * instance
             metrics |= {"loss/coarse": coarse.detach(), "loss/instance": instance.detach()}
             metrics["accuracy/coarse"] = losses.accuracy(class_BY, batch.label)
@@ -137,7 +140,7 @@ class MaskCon(Method):
             weight_BK = losses.masked_similarity(
                 key_BD, queue.keys, weight_BK, options.soft_temperature, options.official_targets
             )
-        return losses.toward_own(losses.own_and(weight_BK), options.weight)
+        return losses.own_and(weight_BK, options.weight)
 
     def before_training(self, batches: Iterator[Batch], seed: int) -> None:
         """Fill the queue once with keys of training images; the teacher's BatchNorm statistics move, as officially."""
@@ -154,6 +157,20 @@ class MaskCon(Method):
     def after_step(self, keep: Mapping[str, Tensor], progress: Progress) -> None:
         self.teacher.follow(self.student, self.options.momentum)
         self.enqueue(keep["key"], keep["label"])
+
+    @torch.no_grad()
+    def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor | None:
+        """The target of ``target``, the images' own keys in place of the queue; None in mode coins."""
+        options = self.options
+        if self.classifier is not None:
+            return None
+        key_BD = self.features(images)
+        own_B = losses.own_columns(key_BD, 0)
+        weight_BB = losses.same_cluster(label, label, own_B) & (label >= 0)[:, None]
+        if options.mode == "maskcon":
+            weight_BB = losses.masked_similarity(key_BD, key_BD, weight_BB, options.soft_temperature)
+        target_BC = losses.own_and(weight_BB, options.weight)
+        return target_BC[:, 1:].scatter(1, own_B[:, None], target_BC[:, :1])
 
     def features(self, images: Tensor) -> Tensor:
         return self.embed(self.teacher, images)

@@ -61,11 +61,8 @@ class MoCo(Method):
         permutation = dist.shuffle_permutation(mined.seed, len(batch.row) * dist.world())
         key_BD = self.embed_shuffled(self.teacher, key_image, permutation)
         query_BD = self.embed(self.student, query_image)
-        logits = losses.queue_logits(query_BD, key_BD, self.queue.keys, self.options.temperature)
-        target = losses.first_column(logits)
-        loss = losses.cross_entropy(logits, target)
-        metrics = {"accuracy/instance": losses.accuracy(logits, target)}
-        return Output(loss, {"key": key_BD, "embedding": query_BD.detach()}, metrics)
+        loss, right = losses.info_nce(query_BD, key_BD, self.queue.keys, self.options.temperature)
+        return Output(loss, {"key": key_BD, "embedding": query_BD.detach()}, {"accuracy/instance": right})
 
     def after_step(self, keep: Mapping[str, Tensor], progress: Progress) -> None:
         self.teacher.follow(self.student, self.options.momentum)

@@ -109,10 +109,8 @@ class PCL(Method):
         permutation = dist.shuffle_permutation(mined.seed, len(batch.row) * dist.world())
         key_BD = self.embed_shuffled(self.teacher, key_image, permutation)
         query_BD = self.embed(self.student, query_image)
-        logits = losses.queue_logits(query_BD, key_BD, self.queue.keys, self.options.temperature)
-        target = losses.first_column(logits)
-        loss = instance = losses.cross_entropy(logits, target)
-        metrics = {"loss/instance": instance.detach(), "accuracy/instance": losses.accuracy(logits, target)}
+        instance, right = losses.info_nce(query_BD, key_BD, self.queue.keys, self.options.temperature)
+        loss, metrics = instance, {"loss/instance": instance.detach(), "accuracy/instance": right}
         if mined.snapshot is not None:
             prototype, right = self.prototype_loss(query_BD, batch.row, mined)
             loss = instance + self.options.weight * prototype

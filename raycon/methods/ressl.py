@@ -82,13 +82,26 @@ class ReSSL(Method):
         if self.options.negatives == "both":
             candidate_CD = torch.cat([dist.gather(key_BD), candidate_CD])
             own_B = losses.own_columns(key_BD, dist.rank())
-        teacher_BC = losses.pair_logits(key_BD, candidate_CD, self.options.teacher_temperature, own_B)
-        logits_BC = losses.pair_logits(query_BD, candidate_CD, self.options.temperature, own_B)
-        return losses.cross_entropy(logits_BC, torch.softmax(teacher_BC, dim=1))
+
+        def part(rows: slice, query_RD: Tensor) -> tuple[Tensor, ...]:
+            own_R = None if own_B is None else own_B[rows]
+            teacher_RC = losses.pair_logits(key_BD[rows], candidate_CD, self.options.teacher_temperature, own_R)
+            logits_RC = losses.pair_logits(query_RD, candidate_CD, self.options.temperature, own_R)
+            return (losses.cross_entropy(logits_RC, torch.softmax(teacher_RC, dim=1)),)
+
+        (loss,) = losses.by_rows(part, (query_BD,), len(candidate_CD))
+        return loss
 
     def after_step(self, keep: Mapping[str, Tensor], progress: Progress) -> None:
         self.teacher.follow(self.student, self.options.momentum)
         self.queue.enqueue(dist.gather(keep["key"]))
+
+    @torch.no_grad()
+    def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor:
+        """The teacher's distribution, the images' own keys in place of the queue."""
+        key_BD = self.features(images)
+        own_B = losses.own_columns(key_BD, 0)
+        return torch.softmax(losses.pair_logits(key_BD, key_BD, self.options.teacher_temperature, own_B), dim=1)
 
     def features(self, images: Tensor) -> Tensor:
         return self.embed(self.teacher, images)

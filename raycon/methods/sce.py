@@ -158,13 +158,9 @@ class SCE(Method):
         query_BD = {j: self.embed(self._online, batch.views[j]) for j in queries}
         loss, right, pairs = query_BD[1].new_zeros(()), query_BD[1].new_zeros(()), 0
         for i in range(targets):
-            candidate_CD, own_B, target_BC = self.target(key_BD[i], batch, mined)
-            for j in queries:
-                if i != j:
-                    logits_BC = self.logits(query_BD[j], key_BD[i], candidate_CD)
-                    loss = loss + losses.cross_entropy(logits_BC, target_BC)
-                    right = right + losses.accuracy(logits_BC, own_B)
-                    pairs += 1
+            others = tuple(query_BD[j] for j in queries if j != i)
+            found, agree = self.relation(key_BD[i], others, batch, mined)
+            loss, right, pairs = loss + found, right + agree, pairs + len(others)
         keep = {f"key/{i}": key for i, key in enumerate(key_BD)} | {"embedding": query_BD[queries[0]].detach()}
         if self.options.mask != "none":
             keep["label"] = batch.label if self.options.mask == "labels" else batch.row
@@ -184,6 +180,31 @@ class SCE(Method):
             )
         return self.embed_shuffled(self.teacher, images, permutation if self.options.shuffle_bn else None)
 
+    def relation(self, key_BD: Tensor, query_BD: tuple[Tensor, ...], batch: Batch, mined: Mined) -> tuple[Tensor, ...]:
+        """The loss of all queries that should resemble one key as its target says, and how often the key is nearest:
+        sums over the queries."""
+        candidate_CD = self.candidates(key_BD)
+
+        def part(rows: slice, *query_RD: Tensor) -> tuple[Tensor, ...]:
+            own_R, target_RC = self.target(key_BD, candidate_CD, batch, mined, rows)
+            loss, right = key_BD.new_zeros(()), key_BD.new_zeros(())
+            for query in query_RD:
+                logits_RC = self.logits(query, key_BD[rows], candidate_CD)
+                loss = loss + losses.cross_entropy(logits_RC, target_RC)
+                right = right + losses.accuracy(logits_RC, own_R)
+            return loss, right
+
+        return losses.by_rows(part, query_BD, 1 + len(candidate_CD))
+
+    @torch.no_grad()
+    def candidates(self, key_BD: Tensor) -> Tensor:
+        """(C, D): the queue, the keys of the global batch, or both."""
+        if self.options.negatives == "queue":
+            assert self.queue is not None
+            return self.queue.keys
+        keys_WD = dist.gather(key_BD)
+        return keys_WD if self.queue is None else torch.cat([keys_WD, self.queue.keys])
+
     def logits(self, query_BD: Tensor, key_BD: Tensor, candidate_CD: Tensor) -> Tensor:
         """(B, C): [own key, queue], or every candidate when the batch's keys are among them."""
         if self.options.negatives == "queue":
@@ -191,42 +212,40 @@ class SCE(Method):
         return losses.pair_logits(query_BD, candidate_CD, self.options.temperature)
 
     @torch.no_grad()
-    def target(self, key_BD: Tensor, batch: Batch, mined: Mined) -> tuple[Tensor, Tensor, Tensor]:
-        """What the queries of these keys should resemble: (candidates, (B,) column of the own key, (B, C) target)."""
+    def target(
+        self, key_BD: Tensor, candidate_CD: Tensor, batch: Batch, mined: Mined, rows: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """What the queries of these rows should resemble: ((R,) column of the own key, (R, C) target)."""
         options = self.options
         length = options.teacher_temperature_epochs * mined.steps / self.epochs
         temperature = optim.linear_at(
             options.teacher_temperature_start, options.teacher_temperature, mined.step, length
         )
         if options.negatives == "queue":
-            assert self.queue is not None
-            candidate_CD = self.queue.keys
-            teacher_BC = losses.queue_logits(key_BD, key_BD, candidate_CD, temperature)
-            teacher_BC[:, 0] = 0.0 if options.official_zero else -torch.inf
-            own_B = losses.first_column(teacher_BC)
-            if (same_BK := self.same(batch, mined)) is not None:
-                teacher_BC[:, 1:].masked_fill_(~same_BK, -torch.inf)
+            teacher_RC = losses.queue_logits(key_BD[rows], key_BD[rows], candidate_CD, temperature)
+            teacher_RC[:, 0] = 0.0 if options.official_zero else -torch.inf
+            own_R = losses.first_column(teacher_RC)
+            if (same_RK := self.same(rows, batch, mined)) is not None:
+                teacher_RC[:, 1:].masked_fill_(~same_RK, -torch.inf)
         else:
-            keys_WD = dist.gather(key_BD)
-            candidate_CD = keys_WD if self.queue is None else torch.cat([keys_WD, self.queue.keys])
-            own_B = losses.own_columns(key_BD, dist.rank())
-            teacher_BC = losses.pair_logits(key_BD, candidate_CD, temperature, own_B)
-        return candidate_CD, own_B, losses.relational_target(teacher_BC, own_B, options.coefficient)
+            own_R = losses.own_columns(key_BD, dist.rank())[rows]
+            teacher_RC = losses.pair_logits(key_BD[rows], candidate_CD, temperature, own_R)
+        return own_R, losses.relational_target(teacher_RC, own_R, options.coefficient)
 
-    def same(self, batch: Batch, mined: Mined) -> Tensor | None:
-        """(B, K) bool: queue entries of the row's label or cluster; None where nothing is masked."""
+    def same(self, rows: slice, batch: Batch, mined: Mined) -> Tensor | None:
+        """(R, K) bool: queue entries of the row's label or cluster; None where nothing is masked."""
         if self.options.mask == "none" or (self.options.mask == "clusters" and mined.snapshot is None):
             return None
         assert self.queue is not None
         assert self.queue.labels is not None
-        mine_B, theirs_K = batch.label, self.queue.labels
+        mine_R, theirs_K = batch.label[rows], self.queue.labels
         if self.options.mask == "clusters":
             assert mined.snapshot is not None
             # The queue remembers rows: an entry is in the cluster that its row has now.
             (assignment_N,) = mined.snapshot.assignment
-            mine_B = assignment_N[batch.row]
+            mine_R = assignment_N[batch.row[rows]]
             theirs_K = torch.where(theirs_K < 0, -1, assignment_N[theirs_K.clamp_min(0)])
-        return losses.same_cluster(mine_B, theirs_K) & (mine_B >= 0)[:, None]
+        return losses.same_cluster(mine_R, theirs_K) & (mine_R >= 0)[:, None]
 
     def after_step(self, keep: Mapping[str, Tensor], progress: Progress) -> None:
         momentum = optim.momentum_at(self.options.momentum_schedule, self.options.momentum, progress, self.epochs)
@@ -235,6 +254,22 @@ class SCE(Method):
             keys = [dist.gather(keep[f"key/{i}"]) for i in range(2 if self.options.symmetric else 1)]
             labels = None if self.options.mask == "none" else dist.gather(keep["label"]).repeat(len(keys))
             self.queue.enqueue(torch.cat(keys), labels)
+
+    @torch.no_grad()
+    def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor:
+        """The target of ``target``, the images' own keys in place of the queue."""
+        options, key_BD = self.options, self.features(images)
+        own_B = losses.own_columns(key_BD, 0)
+        teacher_BB = losses.pair_logits(key_BD, key_BD, options.teacher_temperature, own_B)
+        if options.mask != "none" and (options.mask == "labels" or mined.snapshot is not None):
+            same_B = label
+            if options.mask == "clusters":
+                assert mined.snapshot is not None
+                same_B = mined.snapshot.assignment[0][row]
+            teacher_BB.masked_fill_(~(losses.same_cluster(same_B, same_B) & (same_B >= 0)[:, None]), -torch.inf)
+        if options.official_zero and options.negatives == "queue":
+            teacher_BB[own_B, own_B] = 0.0
+        return losses.relational_target(teacher_BB, own_B, options.coefficient)
 
     def features(self, images: Tensor) -> Tensor:
         return self.embed(self.teacher, images)

@@ -14,11 +14,17 @@ Legend: B rows of this batch, D embedding width, K queue entries, C candidates, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Numbers of a (rows, C) block of logits that is worked on at once. On a CPU: what the last cache holds (the products
+# get slower with few rows: a quarter of this costs a tenth more, a sixteenth three times as much, a 65,536 queue). On a
+# GPU, where the whole is fastest, a bound on memory.
+BLOCK_CPU, BLOCK_GPU = 2**22, 2**28
 
 # --- candidates: logits (B, C) ----------------------------------------------------------------------------------
 
@@ -61,21 +67,17 @@ def diagonal(logits_BC: Tensor) -> Tensor:
     return torch.arange(len(logits_BC), device=logits_BC.device)
 
 
-def own_and(weight_BK: Tensor) -> Tensor:
+def own_and(weight_BK: Tensor, share: float = 1.0) -> Tensor:
     """(B, 1+K) rows that sum to 1: the own key (column 0) with weight 1 beside weights >= 0 of the queue.
 
-    Weights 0 / 1 by class are SupCon over a queue (MaskCon's "grafit"), soft ones are MaskCon's target.
+    Weights 0 / 1 by class are SupCon over a queue (MaskCon's "grafit"), soft ones are MaskCon's target. share: how much
+    of that; the rest, 1 - share, is one-hot of column 0.
     """
-    target_BC = weight_BK.new_ones(len(weight_BK), 1 + weight_BK.shape[1], dtype=torch.float32)
-    target_BC[:, 1:] = weight_BK
-    return target_BC.div_(target_BC.sum(1, keepdim=True))
-
-
-def toward_own(target_BC: Tensor, weight: float) -> Tensor:
-    """weight * target + (1 - weight) * one-hot of column 0."""
-    mixed_BC = weight * target_BC
-    mixed_BC[:, 0] += 1 - weight
-    return mixed_BC
+    target_BC = weight_BK.new_empty(len(weight_BK), 1 + weight_BK.shape[1], dtype=torch.float32)
+    unit_B1 = share / (1 + weight_BK.sum(1, keepdim=True))
+    torch.mul(weight_BK, unit_B1, out=target_BC[:, 1:])
+    target_BC[:, :1] = unit_B1 + (1 - share)
+    return target_BC
 
 
 @torch.no_grad()
@@ -172,6 +174,59 @@ class _SoftCrossEntropy(torch.autograd.Function):
         log_p_BC, target_BC = ctx.saved_tensors
         gradient_BC = log_p_BC.exp().mul_(target_BC.sum(1, keepdim=True)).sub_(target_BC)
         return gradient_BC.mul_(grad / len(target_BC)), None
+
+
+def by_rows(
+    part: Callable[..., tuple[Tensor, ...]], query_BD: tuple[Tensor, ...], candidates: int
+) -> tuple[Tensor, ...]:
+    """``part(rows, *query_BD)`` in blocks of rows, so that no (B, C) array of logits ever is in memory.
+
+    part: given a slice of rows and these rows of each query, their mean loss and any number of mean metrics. The loss
+    must be a mean over rows. candidates: C, what one row's logits number. Each block's gradient by the queries is taken
+    while its logits are in the caches; nothing but the queries receives a gradient. One block: a plain call.
+    """
+    rows = len(query_BD[0])
+    block = max((BLOCK_GPU if query_BD[0].is_cuda else BLOCK_CPU) // candidates, 1)
+    if block >= rows:
+        return part(slice(0, rows), *query_BD)
+    return _ByRows.apply(part, block, *query_BD)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _ByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Callable[..., tuple[Tensor, ...]], block: int, *query_BD: Tensor) -> tuple[Tensor, ...]:
+        rows = len(query_BD[0])
+        gradients = [torch.empty_like(q) for q in query_BD]
+        means: list[Tensor] = []
+        for start in range(0, rows, block):
+            here = slice(start, min(start + block, rows))
+            queries = [q[here].detach().requires_grad_(any(ctx.needs_input_grad)) for q in query_BD]
+            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+                loss, *metrics = part(here, *queries)
+            share = (here.stop - here.start) / rows
+            if any(ctx.needs_input_grad):
+                for whole, found in zip(gradients, torch.autograd.grad(loss, queries), strict=True):
+                    torch.mul(found, share, out=whole[here])
+            found_means = [share * value.detach() for value in (loss, *metrics)]
+            means = [a + b for a, b in zip(means, found_means, strict=True)] if means else found_means
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*means[1:])
+        return tuple(means)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad * whole for whole in ctx.saved_tensors)
+
+
+def info_nce(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """The own key against the queue: (mean loss, how often the own key is nearest)."""
+
+    def part(rows: slice, query_RD: Tensor) -> tuple[Tensor, ...]:
+        logits_RC = queue_logits(query_RD, key_BD[rows], queue_KD, temperature)
+        own_R = first_column(logits_RC)
+        return cross_entropy(logits_RC, own_R), accuracy(logits_RC, own_R)
+
+    return by_rows(part, (query_BD,), 1 + len(queue_KD))
 
 
 def class_cross_entropy(logits_BY: Tensor, label_B: Tensor) -> Tensor:

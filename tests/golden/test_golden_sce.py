@@ -70,7 +70,8 @@ def test_loss(golden_dir: Path, official: bool) -> None:
             }
             method = identity(g, **options).double()
             q, k = g["q"].double().requires_grad_(), g["k"].double()
-            candidates, own, target = method.target(k, batch_of(q), STILL)
+            candidates = method.candidates(k)
+            own, target = method.target(k, candidates, batch_of(q), STILL)
             logits = method.logits(q, k, candidates)
             loss = losses.cross_entropy(logits, target)
             loss.backward()
@@ -151,7 +152,8 @@ def test_symmetric_and_multicrop(golden_dir: Path) -> None:
                 close(torch.zeros_like(crop) if crop.grad is None else crop.grad, theirs - along, 0, 1e-5)
             pairs = g[f"{case}_pair_loss"]
             for i, j in np.argwhere(~np.isnan(pairs.numpy())).tolist():
-                candidates, _, target = method.target(g[f"{case}_z{i}"], batch_of(crops[0]), STILL)
+                candidates = method.candidates(g[f"{case}_z{i}"])
+                _, target = method.target(g[f"{case}_z{i}"], candidates, batch_of(crops[0]), STILL)
                 logits = method.logits(crops[j].detach(), g[f"{case}_z{i}"], candidates)
                 close(losses.cross_entropy(logits, target), pairs[i, j])
             method.after_step(output.keep, Progress(0, 2, 0))
@@ -177,7 +179,8 @@ def inbatch_rank(folder: str, number: int) -> list[dict[str, torch.Tensor]]:
             # The other rank holds "k_other"; the rank whose turn it is, "k": both are run.
             for mine in range(2):
                 q, k = g["q"].requires_grad_(), g["k"] if dist.rank() == mine else g["k_other"]
-                candidates, _, target = method.target(k, batch_of(q), STILL)
+                candidates = method.candidates(k)
+                _, target = method.target(k, candidates, batch_of(q), STILL)
                 loss = losses.cross_entropy(method.logits(q, k, candidates), target)
                 loss.backward()
                 if dist.rank() == mine:

@@ -65,7 +65,7 @@ def test_six_crops_with_a_masked_target(mask: str) -> None:
     assert torch.isfinite(output.loss)
 
     keys = method.key(after.views[0], 1)
-    _, own, target = method.target(keys, after, now)
+    own, target = method.target(keys, method.candidates(keys), after, now)
     mine = assignment[after.row] if mask == "clusters" else after.label
     theirs = (assignment[before.row] if mask == "clusters" else before.label).repeat(2)
     assert own.tolist() == [0] * BATCH
@@ -89,7 +89,7 @@ def test_warm_up_of_the_targets_temperature() -> None:
     assert method.queue is not None
     key = F.normalize(torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(1)))
     for step, temperature in ((0, 0.03), (5, 0.04), (20, 0.07), (30, 0.07)):  # 40 steps are 4 epochs
-        _, _, target = method.target(key, batch(2), Mined(None, (), 0, step=step, steps=40))
+        _, target = method.target(key, method.candidates(key), batch(2), Mined(None, (), 0, step=step, steps=40))
         logits = torch.cat([torch.zeros(BATCH, 1), key @ method.queue.keys.T / temperature], 1)
         expected = 0.5 * logits.softmax(1)
         expected[:, 0] += 0.5

@@ -75,3 +75,52 @@ def test_fewer_are_left_than_asked_for() -> None:
     ids, valid = losses.sample_excluding(6, 10, torch.tensor([0, 1, 2]), 5, seed=0)
     assert sorted(ids[valid].tolist()) == [3, 4, 5]
     assert valid.tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 4, 10])
+def test_loss_in_blocks_of_rows_is_the_loss_of_the_whole(monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
+    torch.manual_seed(0)
+    query, key, queue = (torch.nn.functional.normalize(torch.randn(n, 6), dim=1) for n in (10, 10, 21))
+    whole = query.clone().requires_grad_()
+    logits = torch.cat([(whole * key).sum(1, keepdim=True), whole @ queue.T], dim=1) / 0.2
+    loss = torch.nn.functional.cross_entropy(logits, torch.zeros(10, dtype=torch.long))
+    (3 * loss).backward()
+
+    monkeypatch.setattr(losses, "BLOCK_CPU", block_rows * 22 + 5)
+    blocks = query.clone().requires_grad_()
+    found, right = losses.info_nce(blocks, key, queue, 0.2)
+    (3 * found).backward()
+    torch.testing.assert_close(found, loss)
+    torch.testing.assert_close(blocks.grad, whole.grad)
+    torch.testing.assert_close(right, (logits.argmax(1) == 0).float().mean())
+    assert not right.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(losses.info_nce(query, key, queue, 0.2)[0], loss)
+
+
+def test_blocks_of_rows_with_several_queries_and_a_soft_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    first, second, candidates = torch.randn(7, 4), torch.randn(7, 4), torch.randn(9, 4)
+    target = torch.rand(7, 9).softmax(1)
+
+    def part(rows: slice, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        one, two = (losses.cross_entropy(x @ candidates.T, target[rows]) for x in (a, b))
+        return one + 2 * two, a.detach().mean()
+
+    results = []
+    for limit in (9 * 7, 9 * 2):
+        monkeypatch.setattr(losses, "BLOCK_CPU", limit)
+        a, b = first.clone().requires_grad_(), second.clone().requires_grad_()
+        loss, mean = losses.by_rows(part, (a, b), 9)
+        loss.backward()
+        results.append((loss.detach(), mean, a.grad, b.grad))
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(blocks, whole)
+
+
+def test_own_key_and_weights_of_the_queue() -> None:
+    weight = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    expected = torch.tensor([[0.4, 0.4, 0.2, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(losses.own_and(weight), expected)
+    one_hot = torch.tensor([1.0, 0, 0, 0])
+    torch.testing.assert_close(losses.own_and(weight, 0.25), 0.25 * expected + 0.75 * one_hot)
