@@ -1,5 +1,6 @@
 """The report of a run: one self-contained HTML file. ``write(run_dir)``; ``python -m raycon.report RUN_DIR``."""
 
+from raycon.report.comparison import compare
 from raycon.report.page import write
 
-__all__ = ["write"]
+__all__ = ["compare", "write"]

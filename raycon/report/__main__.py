@@ -1,4 +1,7 @@
-"""``python -m raycon.report RUN_DIR [RUN_DIR ...]``: write (again) the report.html of runs, finished or not."""
+"""``python -m raycon.report RUN_DIR``: write (again) the report.html of a run, finished or not.
+
+``python -m raycon.report RUN_DIR RUN_DIR ...``: one page that compares them.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,41 @@ import argparse
 import sys
 from pathlib import Path
 
-from raycon import report
-
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m raycon.report", description="Write the report.html of runs.")
+    """The program. Returns the exit status: 0 written, 1 the page could not be written, 2 the request was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m raycon.report",
+        description="Write the report of a run, or with several runs a page that compares them. Opens offline.",
+    )
     parser.add_argument("run_dir", nargs="+", type=Path, help="a run directory (with config.yaml, metrics.jsonl, ...)")
-    for run_dir in parser.parse_args(arguments).run_dir:
-        try:
-            file = report.write(run_dir)
-        except (ValueError, OSError) as error:
-            sys.stderr.write(f"{error}\n")
-            return 1
-        sys.stdout.write(f"{file.resolve()}\n")
+    parser.add_argument(
+        "--out", type=Path, help="of several runs: the page (default: comparison.html beside the first run)"
+    )
+    parser.add_argument("--rows", type=int, default=0, help="images to embed for map, clusters and neighbours")
+    parser.add_argument("--light", action="store_true", help="without the pictures that need the checkpoint")
+    asked = parser.parse_args(arguments)
+    problems = [f"{folder} is not a run directory" for folder in asked.run_dir if not folder.is_dir()]
+    if asked.rows < 0 or 0 < asked.rows < 30:
+        problems.append(f"--rows {asked.rows}: give 30 or more (0: as many as are quick)")
+    if asked.out is not None and len(asked.run_dir) == 1:
+        problems.append("--out is for several runs; the report of one run is its report.html")
+    if asked.out is not None and asked.out.is_dir():
+        problems.append(f"--out {asked.out} is a directory: give a file name")
+    if problems:
+        sys.stderr.write("".join(f"raycon.report: {problem}\n" for problem in problems))
+        return 2
+    from raycon import report
+
+    try:
+        if len(asked.run_dir) == 1:
+            file = report.write(asked.run_dir[0], gather=not asked.light, rows=asked.rows)
+        else:
+            file = report.compare(asked.run_dir, asked.out or asked.run_dir[0].resolve().parent / "comparison.html")
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"raycon.report: {error}\n")
+        return 1
+    sys.stdout.write(f"{file.resolve()}\n")
     return 0
 
 

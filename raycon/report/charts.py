@@ -150,7 +150,7 @@ class _Axis:
             return
         if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat line sits in the middle
             pad = abs(high) * 0.5 or 1.0
-            low, high = (0.0, 2 * high) if low > 0 else (low - pad, high + pad)
+            low, high = (0.0, 2 * high) if low > 0 else (low - pad * (low < 0), high + pad)
         elif low > 0 and low < 0.35 * high:
             low = 0.0  # starting near zero says more than starting at a random number
         self.ticks = ticks(low, high)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import logging
 import math
 import os
 import re
@@ -21,14 +22,18 @@ from typing import Any
 import raycon
 from raycon.core.config import flatten
 from raycon.core.log import read_lines
+from raycon.report import panels
 from raycon.report.charts import Point, Series, histogram, line_chart, number, stacked_chart
+from raycon.report.sample import Panels
 from raycon.report.template import SCRIPT, STYLE
+
+logger = logging.getLogger("raycon")
 
 _PICTURE_BYTES = 6_000_000
 """Of all pictures together: the page stays under 10 MB."""
 _CAPTIONS = {"views": "Augmented views actually seen: the views of one sample side by side, from the first batch"}
 _CLUSTERING = re.compile(r"(?:clusters|index)/(\d+)/(.+)")
-_HIGHER_IS_BETTER = re.compile(r"top\d|/(ami|nmi|ari|purity)$")
+_HIGHER_IS_BETTER = re.compile(r"top\d|/(ami|nmi|ari|purity)$|recall_at|/m?ap$")
 _NOT_CURVES = {"step", "steps", "epoch", "epochs", "time", "eta_s", "images_per_s", "loss", "lr"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -46,21 +51,52 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     notes: list[str] = field(default_factory=list)
+    panels: Panels | None = None
 
 
-def write(run_dir: Path) -> Path:
+def write(run_dir: Path, gather: bool = False, rows: int = 0) -> Path:
     """Write ``report.html`` into a run directory, finished or not, and return its path.
 
-    Raises ValueError when there is no such directory.
+    ``gather``: make the pictures of what was learned (``panels.npz``) first, unless they are there for the newest
+    checkpoint already; ``rows``: from so many images (0: as many as are quick). Without ``gather`` those that are
+    there are shown. Raises ValueError when there is no such directory; pictures that cannot be made become a note.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir} is not a run directory")
-    file = run_dir / "report.html"
-    temporary = run_dir / f".report.html.{os.getpid()}"
-    temporary.write_text(render(read(run_dir)), encoding="utf-8")
+    run = read(run_dir)
+    run.panels = _panels(run, gather, rows)
+    return write_page(run_dir / "report.html", render(run))
+
+
+def write_page(file: Path, text: str) -> Path:
+    """Write a page in one move."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
     return file
+
+
+def _panels(run: Run, gather: bool, rows: int) -> Panels | None:
+    from raycon.report import sample
+
+    file = run.folder / sample.FILE
+    found = None
+    if file.exists():
+        try:
+            found = sample.load(file)
+        except ValueError as error:
+            run.notes.append(str(error))
+    steps = [int(p.name) for p in (run.folder / "checkpoints").glob("[0-9]*") if p.name.isdecimal()]
+    if not gather or not steps or (found is not None and found.about["step"] == max(steps) and not rows):
+        return found
+    try:
+        found = sample.gather(run.folder, rows)
+        sample.save(found, file)
+    except Exception as error:  # whatever it is, the rest of the report is worth having
+        logger.debug("pictures of the report", exc_info=True)
+        run.notes.append(f"The pictures of what was learned could not be made: {type(error).__name__}: {error}")
+    return found
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -88,7 +124,7 @@ def read(run_dir: Path) -> Run:
     known = {(e.get("step"), e.get("control")) for e in run.evaluations}
     for line in found:
         if (line.get("step"), line.get("control")) not in known:
-            results = {name: value for name, value in line.items() if "/" in name and _is_number(value)}
+            results = {name: value for name, value in line.items() if "/" in name and is_number(value)}
             run.evaluations.append({**{k: line.get(k) for k in ("step", "epoch", "control")}, "results": results})
     run.evaluations.sort(key=lambda e: (not e.get("control"), _at(e)))
 
@@ -119,20 +155,24 @@ def _json(file: Path, notes: list[str]) -> Any:
 
 def _at(line: Mapping[str, Any]) -> float:
     """Where a line stands: its step, else its epoch, else 0."""
-    return next((float(line[k]) for k in ("step", "epoch") if _is_number(line.get(k))), 0.0)
+    return next((float(line[k]) for k in ("step", "epoch") if is_number(line.get(k))), 0.0)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _points(lines: Iterable[Mapping[str, Any]], name: str, factor: float = 1.0) -> list[Point]:
-    return [(_at(line), line[name] * factor) for line in lines if _is_number(line.get(name))]
+def higher_is_better(measure: str) -> bool:
+    return _HIGHER_IS_BETTER.search(measure) is not None
 
 
-def _names(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+def points(lines: Iterable[Mapping[str, Any]], name: str, factor: float = 1.0) -> list[Point]:
+    return [(_at(line), line[name] * factor) for line in lines if is_number(line.get(name))]
+
+
+def scalar_names(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     """All scalars of the lines, in the order they first appear."""
-    return list(dict.fromkeys(name for line in lines for name, value in line.items() if _is_number(value)))
+    return list(dict.fromkeys(name for line in lines for name, value in line.items() if is_number(value)))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------
@@ -142,7 +182,15 @@ def render(run: Run) -> str:
     sections = [
         ("evaluations", "Evaluations", _evaluations(run)),
         ("losses", "Losses", _losses(run)),
-        ("learning-rate", "Learning rate", _learning_rate(run)),
+        ("learning-rate", "Learning rate, momentum, temperature", _schedules(run)),
+    ]
+    style, css = STYLE, ""
+    if run.panels is not None:
+        sheet = panels.Sheet(run.panels)
+        sections += panels.sections(run.panels, sheet)
+        style += sheet.style()
+        css = ' class="small-pictures"' if sheet.tiles.shape[1] < 64 else ""
+    sections += [
         ("clusters", "Cluster sizes", _clusters(run)),
         ("health", "Feature health", _health(run)),
         ("speed", "Throughput and time", _speed(run)),
@@ -151,23 +199,36 @@ def render(run: Run) -> str:
         ("environment", "Environment", _environment(run)),
         ("command", "Command", _command(run)),
     ]
-    title = run.folder.resolve().name
+    notes = "".join(f'<p class="box note warn">{escape(note)}</p>' for note in run.notes)
+    said = "" if run.panels is None else f'<p class="soft">{escape(panels.said_of(run.panels))}</p>'
+    head = f'<section id="headline" aria-label="Headline numbers">{_headline(run)}{said}</section>{_events(run)}'
+    return document(run.folder.resolve().name, _subtitle(run), sections, notes + head, style, _per_epoch(run), css)
+
+
+def document(
+    title: str,
+    subtitle: str,
+    sections: Sequence[tuple[str, str, str]],
+    before: str,
+    style: str = STYLE,
+    per_epoch: float = 0.0,
+    css: str = "",
+) -> str:
+    """A whole page: header with links, ``before``, and sections (anchor, heading, HTML) that fold."""
     links = "".join(f'<a href="#{name}">{head}</a>' for name, head, _ in sections)
     body = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-head"><h2 id="{name}-head">{head}</h2>{text}</section>'
+        f'<section id="{name}" aria-labelledby="{name}-head"><details open><summary><h2 id="{name}-head">{head}</h2>'
+        f"</summary>{text}</details></section>"
         for name, head, text in sections
     )
-    notes = "".join(f'<p class="box note warn">{escape(note)}</p>' for note in run.notes)
-    per_epoch = _per_epoch(run)
     when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)} - raycon</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
-        f'<body data-per-epoch="{per_epoch:g}"><header><h1>{escape(title)}</h1>{_subtitle(run)}'
-        f'<nav aria-label="Sections">{links}</nav></header><main>{notes}'
-        f'<section id="headline" aria-label="Headline numbers">{_headline(run)}</section>{_events(run)}{body}</main>'
+        f'<title>{escape(title)} - raycon</title><link rel="icon" href="data:,"><style>{style}</style></head>'
+        f'<body data-per-epoch="{per_epoch:g}"{css}><header><h1>{escape(title)}</h1>{subtitle}'
+        f'<nav aria-label="Sections">{links}</nav></header><main>{before}{body}</main>'
         f"<footer>Written {escape(when)} by raycon {escape(raycon.__version__)}</footer>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
@@ -176,7 +237,7 @@ def render(run: Run) -> str:
 def _per_epoch(run: Run) -> float:
     """Steps per epoch, 0 when unknown."""
     last = run.train[-1] if run.train else {}
-    if _is_number(last.get("steps")) and _is_number(last.get("epochs")) and last["epochs"] > 0:
+    if is_number(last.get("steps")) and is_number(last.get("epochs")) and last["epochs"] > 0:
         return float(last["steps"]) / float(last["epochs"])
     return 0.0
 
@@ -191,7 +252,7 @@ def _subtitle(run: Run) -> str:
     last = run.train[-1] if run.train else {}
     if not last:
         state = "no training line yet"
-    elif _is_number(last.get("steps")) and last.get("step", 0) >= last["steps"]:
+    elif is_number(last.get("steps")) and last.get("step", 0) >= last["steps"]:
         state = "finished"
     else:
         state = "unfinished"
@@ -213,20 +274,20 @@ def _headline(run: Run) -> str:
                 break
     if run.train:
         last = run.train[-1]
-        if losses := [y for _, y in _points(run.train, "loss")]:
+        if losses := [y for _, y in points(run.train, "loss")]:
             late = statistics.fmean(losses[-20:])
             cards.append(
                 ("Loss", f"{late:.3f}", f"mean of the last {len(losses[-20:])} lines; began at {losses[0]:.3f}")
             )
-        if ranks := _points(run.train, "health/effective_rank"):
+        if ranks := points(run.train, "health/effective_rank"):
             cards.append(("Effective rank", number(ranks[-1][1]), "of the features, at the end"))
-        steps = f" of {last['steps']:,.0f}" if _is_number(last.get("steps")) else ""
-        epochs = f" of {last['epochs']}" if _is_number(last.get("epochs")) else ""
-        epoch = f"epoch {last['epoch'] + 1}{epochs}" if _is_number(last.get("epoch")) else ""
+        steps = f" of {last['steps']:,.0f}" if is_number(last.get("steps")) else ""
+        epochs = f" of {last['epochs']}" if is_number(last.get("epochs")) else ""
+        epoch = f"epoch {last['epoch'] + 1}{epochs}" if is_number(last.get("epoch")) else ""
         cards.append(("Steps", f"{_at(last):,.0f}", f"{steps.strip()} · {epoch}".strip(" ·")))
-        if speeds := [y for _, y in _points(run.train, "images_per_s")]:
+        if speeds := [y for _, y in points(run.train, "images_per_s")]:
             cards.append(("Images per second", number(statistics.median(speeds)), "median, all ranks"))
-        times = [line["time"] for line in run.train if _is_number(line.get("time"))]
+        times = [line["time"] for line in run.train if is_number(line.get("time"))]
         if len(times) > 1:
             seconds = round(max(times) - min(times))
             clock = f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
@@ -245,7 +306,7 @@ def _headline(run: Run) -> str:
 
 
 def _best(results: Mapping[str, Any], pattern: str) -> tuple[str, float] | None:
-    fitting = [(name, value) for name, value in results.items() if re.match(pattern, name) and _is_number(value)]
+    fitting = [(name, value) for name, value in results.items() if re.match(pattern, name) and is_number(value)]
     return max(fitting, key=lambda pair: pair[1], default=None)
 
 
@@ -267,11 +328,11 @@ def _evaluations(run: Run) -> str:
     measures = list(
         dict.fromkeys(name for e in run.evaluations for name in e["results"] if not name.endswith("/failed"))
     )
-    measures.sort(key=lambda name: _HIGHER_IS_BETTER.search(name) is None or "held_out" in name)
+    measures.sort(key=lambda name: not higher_is_better(name) or "held_out" in name)
     best = {
-        name: max((e["results"][name] for e in run.evaluations if _is_number(e["results"].get(name))), default=None)
+        name: max((e["results"][name] for e in run.evaluations if is_number(e["results"].get(name))), default=None)
         for name in measures
-        if _HIGHER_IS_BETTER.search(name)
+        if higher_is_better(name)
     }
     heads = "".join(
         f'<th{css}><button type="button">{escape(name)}</button></th>'
@@ -289,7 +350,7 @@ def _evaluations(run: Run) -> str:
         cells = [f'<td class="n" data-value="{v}">{v}</td>' for v in where] + [f"<td>{escape(str(of))}</td>"]
         for name in measures:
             value = entry["results"].get(name)
-            if _is_number(value):
+            if is_number(value):
                 css = "n best" if best.get(name) == value else "n"
                 shown = f"{value:.2f}" if "top" in name else number(value)
                 cells.append(f'<td class="{css}" data-value="{value!r}">{shown}</td>')
@@ -322,34 +383,88 @@ def _history(run: Run, measures: Sequence[str]) -> str:
         evaluation, measure = name.split("/", 1) if "/" in name else (name, name)
         if "top" in measure:
             groups.setdefault(f"{evaluation}: accuracy", []).append(name)
-        elif _HIGHER_IS_BETTER.search(name):
+        elif higher_is_better(name):
             groups.setdefault(f"{evaluation}: agreement with labels", []).append(name)
     charts = []
     for title, names in groups.items():
-        series = [Series(n.split("/", 1)[-1], _points(own, n)) for n in names]
+        series = [Series(n.split("/", 1)[-1], points(own, n)) for n in names]
         charts.append(line_chart(title, series, "step", "%" if "accuracy" in title else ""))
-    return _grid(charts, "")
+    return grid(charts, "")
 
 
 def _whole(value: Any) -> str:
-    return f"{value:.0f}" if _is_number(value) else ""
+    return f"{value:.0f}" if is_number(value) else ""
 
 
 def _losses(run: Run) -> str:
-    names = _names(run.train)
+    names = scalar_names(run.train)
     parts = [n for n in names if n.startswith("loss/")]
-    total = Series("loss", _points(run.train, "loss"))
+    total = Series("loss", points(run.train, "loss"))
     charts = [line_chart("loss", [total], "step", smooth=True)]
     if parts:
-        series = [Series(n.removeprefix("loss/"), _points(run.train, n)) for n in parts]
+        series = [Series(n.removeprefix("loss/"), points(run.train, n)) for n in parts]
         charts.append(line_chart("parts of the loss", series, "step", smooth=True))
     others = [n for n in names if n not in _NOT_CURVES and not n.startswith(("loss/", "health/", "time/"))]
-    charts += [line_chart(n, [Series(n, _points(run.train, n))], "step", smooth=True) for n in others]
-    return _grid(charts, "No loss yet.")
+    charts += [line_chart(n, [Series(n, points(run.train, n))], "step", smooth=True) for n in others]
+    return grid(charts, "No loss yet.")
 
 
-def _learning_rate(run: Run) -> str:
-    return _grid([line_chart("lr", [Series("lr", _points(run.train, "lr"))], "step")], "No learning rate yet.")
+def _schedules(run: Run) -> str:
+    """Curves of what changes over the run; what stays the same is said in a sentence."""
+    charts = [line_chart("lr", [Series("lr", points(run.train, "lr"))], "step")]
+    options = run.config.get("method")
+    last = run.train[-1] if run.train else {}
+    same = []
+    if isinstance(options, dict) and is_number(last.get("steps")) and is_number(last.get("epochs")):
+        steps, epochs = int(last["steps"]), int(last["epochs"])
+        for title, curve in (
+            ("momentum of the teacher", _momentum(options, steps, epochs)),
+            ("temperature of the similarities", _constant(options.get("temperature"), steps)),
+            ("temperature of the targets", _target_temperature(options, steps, epochs)),
+        ):
+            if len({y for _, y in curve}) > 1:
+                charts.append(line_chart(title, [Series(title, curve)], "step"))
+            elif curve:
+                same.append(f"{title} {number(curve[0][1])}")
+    said = f'<p class="soft">The same in all steps: {escape(", ".join(same))}.</p>' if same else ""
+    return grid(charts, "No learning rate yet.") + said
+
+
+def _constant(value: Any, steps: int) -> list[Point]:
+    return [(0.0, float(value)), (float(steps), float(value))] if is_number(value) else []
+
+
+def _momentum(options: Mapping[str, Any], steps: int, epochs: int) -> list[Point]:
+    """The teacher's momentum as the method's schedule gives it."""
+    schedule = options.get("momentum_schedule")
+    if not is_number(options.get("momentum")) or not isinstance(schedule, str):
+        return _constant(options.get("momentum"), steps)
+    from raycon.core.types import Progress
+    from raycon.nn import optim
+
+    at = sorted({steps * i // 100 for i in range(100)} | {steps - 1})
+    try:
+        return [
+            (
+                float(s),
+                float(
+                    optim.momentum_at(schedule, options["momentum"], Progress(s, steps, s * epochs // steps), epochs)
+                ),
+            )  # type: ignore[arg-type]
+            for s in at
+        ]
+    except ValueError:  # a schedule of another version
+        return []
+
+
+def _target_temperature(options: Mapping[str, Any], steps: int, epochs: int) -> list[Point]:
+    """The temperature of soft targets: constant, or rising linearly in the first epochs."""
+    end = options.get("teacher_temperature", options.get("soft_temperature"))
+    start, warm = options.get("teacher_temperature_start"), options.get("teacher_temperature_epochs")
+    if not is_number(end) or not is_number(start) or not is_number(warm) or not warm or epochs < 1:
+        return _constant(end, steps)
+    assert start is not None
+    return [(0.0, float(start)), (warm * steps / epochs, float(end)), (float(steps), float(end))]
 
 
 def _clusters(run: Run) -> str:
@@ -364,7 +479,7 @@ def _clusters(run: Run) -> str:
             which, measure = int(found[1]), found[2]
             if measure == "sizes_histogram" and (pairs := _pairs(value)):
                 sizes.setdefault(which, []).append((_at(line), pairs))
-            elif _is_number(value):
+            elif is_number(value):
                 scalars.setdefault(measure, {}).setdefault(which, []).append((_at(line), value))
     charts = []
     for which, history in sorted(sizes.items()):
@@ -380,18 +495,18 @@ def _clusters(run: Run) -> str:
     for measure, by_clustering in scalars.items():
         lines = [Series(f"clustering {which}", points) for which, points in sorted(by_clustering.items())]
         charts.append(line_chart(measure, lines, "step"))
-    seconds = [n for n in _names(run.snapshots) if n in ("seconds", "embed_seconds")]
+    seconds = [n for n in scalar_names(run.snapshots) if n in ("seconds", "embed_seconds")]
     if seconds:
         told = {"seconds": "whole snapshot", "embed_seconds": "of it embedding"}
-        series = [Series(told[n], _points(run.snapshots, n)) for n in seconds]
+        series = [Series(told[n], points(run.snapshots, n)) for n in seconds]
         charts.append(line_chart("time to mine", series, "step", "seconds"))
-    return _grid(charts, "No snapshot: nothing was mined yet, or the method mines nothing.")
+    return grid(charts, "No snapshot: nothing was mined yet, or the method mines nothing.")
 
 
 def _pairs(value: Any) -> list[tuple[int, int]]:
     """[[size, how many clusters], ...] sorted by size; [] for anything else."""
     if not isinstance(value, list) or not all(
-        isinstance(p, list) and len(p) == 2 and all(_is_number(v) for v in p) for p in value
+        isinstance(p, list) and len(p) == 2 and all(is_number(v) for v in p) for p in value
     ):
         return []
     return sorted((int(size), int(count)) for size, count in value if count > 0)
@@ -412,23 +527,23 @@ def _health(run: Run) -> str:
         "health/std": "spread: std of unit features x sqrt(D), 1 = even",
         "health/effective_rank": "effective rank of the features",
     }
-    names = [n for n in _names(run.train) if n.startswith("health/")]
-    charts = [line_chart(told.get(n, n), [Series(told.get(n, n), _points(run.train, n))], "step") for n in names]
-    return _grid(charts, "No feature health yet.")
+    names = [n for n in scalar_names(run.train) if n.startswith("health/")]
+    charts = [line_chart(told.get(n, n), [Series(told.get(n, n), points(run.train, n))], "step") for n in names]
+    return grid(charts, "No feature health yet.")
 
 
 def _speed(run: Run) -> str:
     charts = [
         line_chart("images per second, all ranks", [Series("images per second, all ranks", speed)], "step", smooth=True)
-        if (speed := _points(run.train, "images_per_s"))
+        if (speed := points(run.train, "images_per_s"))
         else ""
     ]
-    parts = [n for n in _names(run.train) if n.startswith("time/") and n != "time/step"]
-    timed = [line for line in run.train if all(_is_number(line.get(n)) for n in ("time/step", *parts))]
+    parts = [n for n in scalar_names(run.train) if n.startswith("time/") and n != "time/step"]
+    timed = [line for line in run.train if all(is_number(line.get(n)) for n in ("time/step", *parts))]
     advice = ""
     if timed:
         series = [
-            Series("waiting for data" if n == "time/data" else n.removeprefix("time/"), _points(timed, n, 1000.0))
+            Series("waiting for data" if n == "time/data" else n.removeprefix("time/"), points(timed, n, 1000.0))
             for n in parts
         ]
         rest = [(_at(line), 1000.0 * max(0.0, line["time/step"] - sum(line[n] for n in parts))) for line in timed]
@@ -437,7 +552,7 @@ def _speed(run: Run) -> str:
         if "time/data" in parts:
             share = statistics.median(line["time/data"] / line["time/step"] for line in timed if line["time/step"] > 0)
             advice = _advice(share)
-    return advice + _grid(charts, "No timing yet.")
+    return advice + grid(charts, "No timing yet.")
 
 
 def _advice(waiting: float) -> str:
@@ -513,7 +628,7 @@ def _command(run: Run) -> str:
     return f'<pre>{escape(run.command)}</pre><button type="button" class="copy">copy</button>'
 
 
-def _grid(charts: Iterable[str], empty: str) -> str:
+def grid(charts: Iterable[str], empty: str) -> str:
     drawn = "".join(charts)
     if drawn:
         return f'<div class="charts">{drawn}</div>'

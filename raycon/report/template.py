@@ -80,9 +80,48 @@ pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px
 .pictures { display: grid; gap: 12px; }
 .pictures figure { padding: 10px 12px; } .pictures img { display: block; max-width: 100%; margin-top: 6px;
   image-rendering: pixelated; }
+section > details > summary { list-style: none; padding: 0; margin: 34px 0 10px; }
+section > details > summary::-webkit-details-marker { display: none; }
+section > details > summary h2 { margin: 0; display: inline; }
+section > details > summary h2::before { content: "▾"; display: inline-block; width: 1em; color: var(--soft); }
+section > details:not([open]) > summary h2::before { content: "▸"; }
+section > details:not([open]) > summary { border-bottom: 1px solid var(--line); margin-bottom: 0; }
+.tile { --s: 44px; display: inline-block; width: var(--s); height: var(--s); flex: none; border-radius: 3px;
+  background-size: calc(var(--w) * var(--s)) calc(var(--h) * var(--s)); background-repeat: no-repeat;
+  background-position: calc(var(--x) * -1 * var(--s)) calc(var(--y) * -1 * var(--s)); }
+.small-pictures .tile { image-rendering: pixelated; }
+.tile.right { outline: 3px solid var(--good); outline-offset: -1px; }
+.tile.wrong { outline: 3px solid var(--bad); outline-offset: -1px; }
+.strip { margin: 0 0 9px; } .strip .what { font-size: 12.5px; color: var(--soft); }
+.tiles { display: flex; flex-wrap: wrap; gap: 5px; align-items: flex-start; }
+.arrow { color: var(--soft); line-height: 44px; }
+.strips { display: grid; gap: 2px 26px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 590px), 1fr)); }
+.groups { display: grid; gap: 0 26px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
+.groups .tile { --s: 30px; } .groups .tiles { gap: 2px; }
+.folds { display: grid; gap: 10px; }
+.weighed { display: inline-grid; gap: 5px; } .weighed .bar { height: 6px; background: linear-gradient(90deg,
+  var(--c0) calc(var(--p) * 100%), var(--grid) 0); border-radius: 2px; }
+.switches { display: flex; flex-wrap: wrap; gap: 6px 26px; padding: 6px 0; }
+.switch { display: inline-flex; flex-wrap: wrap; gap: 6px; align-items: baseline; font-size: 13px; }
+.mapplot { position: relative; height: clamp(300px, 62vw, 640px); } .mapplot canvas { width: 100%; height: 100%;
+  display: block; touch-action: pan-y; }
+.pick li { cursor: pointer; } .pick li[aria-pressed=true] { color: var(--accent); text-decoration: underline; }
+.pick i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 5px; }
+.pop { position: fixed; z-index: 9; pointer-events: none; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px; padding: 7px; font-size: 12.5px; max-width: 240px; box-shadow: 0 3px 14px rgb(0 0 0 / .3); }
+.pop .tile { --s: 112px; display: block; margin-bottom: 4px; }
+.confusion { margin: 4px 0 8px; } .confusion td, .confusion th { padding: 3px 6px; text-align: right; border: none; }
+.confusion thead th { vertical-align: bottom; text-align: center; padding-bottom: 6px; }
+.confusion thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
+.confusion td { min-width: 34px; } .confusion tbody td { border: 1px solid var(--card); }
+.hit { background: color-mix(in srgb, var(--good) calc(var(--p) * 55%), transparent); }
+.miss { background: color-mix(in srgb, var(--bad) calc(var(--p) * 90%), transparent); }
+.differs td { vertical-align: top; } .compare td, .compare th { padding-right: 22px; }
 footer { padding: 26px 20px 34px; color: var(--soft); font-size: 13px; }
 @media (max-width: 640px) { main, header, footer { padding-left: 12px; padding-right: 12px; }
   .cards { grid-template-columns: 1fr 1fr; gap: 8px; } .card { padding: 8px 10px; } .card .number { font-size: 21px; } }
+@media (max-width: 640px) { .tile { --s: 26px; } .tiles { gap: 4px; } .arrow { line-height: 26px; margin: 0 -3px; }
+  .pop .tile { --s: 96px; } .groups .tile { --s: 25px; } .groups .tiles { gap: 2px; } }
 @media print { nav, button { display: none; } }
 """
 
@@ -175,6 +214,116 @@ function sortable(table) {
   }));
 }
 
+const pop = document.createElement("div");
+pop.className = "pop"; pop.hidden = true; document.body.append(pop);
+function popUp(x, y, tile, words) {
+  const text = document.createElement("div"); text.textContent = words;
+  pop.replaceChildren(tile, text); pop.hidden = false;
+  const w = pop.offsetWidth, h = pop.offsetHeight;
+  pop.style.left = Math.max(4, x + 16 + w > innerWidth ? x - 16 - w : x + 16) + "px";
+  pop.style.top = Math.max(4, Math.min(innerHeight - h - 4, y + 12)) + "px";
+}
+function enlarge(event) {
+  const tile = event.target.closest(".tile");
+  if (!tile) { if (!event.target.closest("canvas")) pop.hidden = true; return; }
+  const large = tile.cloneNode(); large.className = "tile"; large.removeAttribute("role");
+  popUp(event.clientX, event.clientY, large, tile.getAttribute("aria-label"));
+}
+addEventListener("pointermove", enlarge); addEventListener("pointerdown", enlarge);
+addEventListener("scroll", () => { pop.hidden = true; }, {passive: true});
+
+function map(box) {
+  const data = JSON.parse(box.dataset.map), canvas = box.querySelector("canvas"), pen = canvas.getContext("2d");
+  const dark = matchMedia("(prefers-color-scheme: dark)"), legend = box.querySelector(".pick");
+  let layout = Object.keys(data.at)[0], by = Object.keys(data.by)[0], only = null, near = -1, place = [];
+  const first = dark.matches
+    ? ["#6ea8ff", "#ff9a5c", "#5fd38a", "#ff86b8", "#c79bff", "#e6d04b", "#55cfe6", "#c98f6a", "#ff6b6b", "#b6bcc6"]
+    : ["#2563c9", "#e0701a", "#15803d", "#d6246e", "#7e3fb5", "#b59a00", "#0e93ab", "#8a5a3b", "#c62323", "#5b6675"];
+  const hue = i => i < first.length && data.names[by] ? first[i] : "hsl(" + (i * 137.508 + 215) % 360 + " " + (62 + i % 3 * 12) + "% " +
+    ((dark.matches ? 64 : 44) + (i >> 2) % 3 * 7) + "%)";
+  const value = i => by === undefined ? 0 : data.by[by][i];
+  const name = v => v < 0 ? "none" : (data.names[by] || [])[v] ?? "#" + v;
+  function draw() {
+    const ratio = devicePixelRatio || 1, w = canvas.clientWidth, h = canvas.clientHeight;
+    if (!w || !h) return;
+    if (canvas.width !== Math.round(w * ratio) || canvas.height !== Math.round(h * ratio)) {
+      canvas.width = Math.round(w * ratio); canvas.height = Math.round(h * ratio); }
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0); pen.clearRect(0, 0, w, h);
+    const at = data.at[layout], size = Math.max(2, Math.min(5, 130 / Math.sqrt(data.tile.length)));
+    // The map fills the plot: each axis over its own range, with the same unit unless the plot is much wider than high.
+    let xs = [1e9, -1e9], ys = [1e9, -1e9];
+    for (let i = 0; i < data.tile.length; i++) { xs = [Math.min(xs[0], at[2 * i]), Math.max(xs[1], at[2 * i])];
+      ys = [Math.min(ys[0], at[2 * i + 1]), Math.max(ys[1], at[2 * i + 1])]; }
+    const pad = 10, unit = Math.min((w - 2 * pad) / (xs[1] - xs[0] || 1), (h - 2 * pad) / (ys[1] - ys[0] || 1));
+    place = [];
+    for (let i = 0; i < data.tile.length; i++) place.push([
+      w / 2 + (at[2 * i] - (xs[0] + xs[1]) / 2) * unit, h / 2 - (at[2 * i + 1] - (ys[0] + ys[1]) / 2) * unit]);
+    for (const front of [false, true]) for (let i = 0; i < data.tile.length; i++) {
+      const v = value(i), shown = only === null || v === only;
+      if (shown !== front) continue;
+      pen.globalAlpha = shown ? .82 : .1; pen.fillStyle = v < 0 ? "#888" : hue(v);
+      pen.beginPath(); pen.arc(place[i][0], place[i][1], size, 0, 7); pen.fill();
+    }
+    if (near >= 0) { pen.globalAlpha = 1; pen.lineWidth = 2; pen.strokeStyle = dark.matches ? "#fff" : "#000";
+      pen.beginPath(); pen.arc(place[near][0], place[near][1], size + 2.5, 0, 7); pen.stroke(); }
+  }
+  function list() {
+    const all = [...new Set(data.by[by] || [])].sort((a, b) => a - b);
+    legend.replaceChildren();
+    if (all.length > 60) { const li = document.createElement("li");
+      li.textContent = all.length + " values, too many to list; colours repeat"; li.style.cursor = "default"; legend.append(li); return; }
+    for (const v of all) {
+      const li = document.createElement("li"), key = document.createElement("i");
+      key.style.background = v < 0 ? "#888" : hue(v); li.append(key, name(v)); li.tabIndex = 0;
+      li.setAttribute("role", "button"); li.setAttribute("aria-pressed", only === v);
+      const choose = () => { only = only === v ? null : v; list(); draw(); };
+      li.addEventListener("click", choose);
+      li.addEventListener("keydown", e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(); } });
+      legend.append(li);
+    }
+  }
+  function show(i, x, y) {
+    near = i; draw();
+    const tile = document.createElement("i"); tile.className = "tile";
+    tile.style.setProperty("--x", data.tile[i] % data.across);
+    tile.style.setProperty("--y", Math.floor(data.tile[i] / data.across));
+    const more = by === undefined || by in data.names ? "" : ", " + by + ": " + name(value(i));
+    popUp(x, y, tile, data.words[i] + more);
+  }
+  function point(event) {
+    const frame = canvas.getBoundingClientRect(), x = event.clientX - frame.left, y = event.clientY - frame.top;
+    let best = -1, least = 400;
+    for (let i = 0; i < place.length; i++) {
+      if (only !== null && value(i) !== only) continue;
+      const d = (place[i][0] - x) ** 2 + (place[i][1] - y) ** 2;
+      if (d < least) { least = d; best = i; }
+    }
+    if (best < 0) { if (near >= 0) { near = -1; draw(); } pop.hidden = true; } else show(best, event.clientX, event.clientY);
+  }
+  canvas.addEventListener("pointermove", point); canvas.addEventListener("pointerdown", point);
+  canvas.addEventListener("pointerleave", () => { near = -1; pop.hidden = true; draw(); });
+  canvas.addEventListener("keydown", event => {
+    const way = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!way) { if (event.key === "Escape") { near = -1; pop.hidden = true; draw(); } return; }
+    event.preventDefault();
+    const next = (near + way + place.length) % place.length, frame = canvas.getBoundingClientRect();
+    show(next, frame.left + place[next][0], frame.top + place[next][1]);
+  });
+  for (const button of box.querySelectorAll(".switch button")) button.addEventListener("click", () => {
+    for (const b of button.parentElement.querySelectorAll("button")) b.setAttribute("aria-pressed", b === button);
+    if (button.dataset.layout) layout = button.dataset.layout; else { by = button.dataset.by; only = null; list(); }
+    draw();
+  });
+  new ResizeObserver(draw).observe(canvas); dark.addEventListener("change", () => { list(); draw(); });
+  list(); draw();
+}
+
+function unfold() {
+  const target = location.hash && document.getElementById(location.hash.slice(1));
+  if (target) { const fold = target.querySelector("details"); if (fold) fold.open = true; target.scrollIntoView(); }
+}
+addEventListener("hashchange", unfold); unfold();
+document.querySelectorAll("[data-map]").forEach(map);
 document.querySelectorAll("figure[data-chart]").forEach(hover);
 document.querySelectorAll("table.sort").forEach(sortable);
 document.querySelectorAll("button.copy").forEach(button => button.addEventListener("click", () => {

@@ -14,7 +14,7 @@ import torch
 from raycon import report
 from raycon.core.config import RunConfig, save_yaml
 from raycon.nn import pictures
-from raycon.report import page
+from raycon.report import comparison, page
 from raycon.report.__main__ import main
 
 SECTIONS = {
@@ -196,5 +196,63 @@ def test_large_pictures_are_left_out(run_dir: Path, monkeypatch: pytest.MonkeyPa
 def test_program(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_dir)]) == 0
     assert capsys.readouterr().out.strip() == str((run_dir / "report.html").resolve())
-    assert main([str(run_dir / "nowhere")]) == 1
-    assert "is not a run directory" in capsys.readouterr().err
+    assert main([str(run_dir / "nowhere"), str(run_dir / "nor here"), "--rows", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "nowhere is not a run directory" in said
+    assert "nor here is not a run directory" in said
+    assert "--rows 3: give 30 or more" in said
+
+
+def test_schedules_are_those_of_the_method(run_dir: Path) -> None:
+    import yaml
+
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    tree["method"] |= {"momentum": 0.9, "momentum_schedule": "cosine", "temperature": 0.25}
+    tree["method"] |= {"teacher_temperature": 0.07, "teacher_temperature_start": 0.03, "teacher_temperature_epochs": 2}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+    text = report.write(run_dir).read_text(encoding="utf-8")
+    charts = Page(text).charts()
+    momentum = dict(map(tuple, charts["momentum of the teacher"]["series"][0]["at"]))  # type: ignore[index]
+    assert momentum[50] == pytest.approx(1 - 0.1 * (math.cos(math.pi * 50 / 100) + 1) / 2, abs=1e-3)
+    target = charts["temperature of the targets"]["series"][0]["at"]  # type: ignore[index]
+    assert target == [[0, 0.03], [50, 0.07], [100, 0.07]]
+    assert "temperature of the similarities 0.25" in " ".join(Page(text).words)
+
+
+def test_several_runs_are_compared(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    import yaml
+
+    other = tmp_path / "b" / "run <1>"
+    shutil.copytree(run_dir, other)
+    tree = yaml.safe_load((other / "config.yaml").read_text())
+    tree["train"]["lr"], tree["method"]["new"] = 0.5, EVIL
+    (other / "config.yaml").write_text(yaml.safe_dump(tree))
+    lines = (other / "metrics.jsonl").read_text().replace("9.0", "9.0").splitlines()
+    (other / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if '"step": 100' not in line))
+    file = tmp_path / "out" / "c.html"
+    assert main([str(run_dir), str(other), "--out", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == str(file)
+    text = file.read_text(encoding="utf-8")
+    read = Page(text)
+    shown = " ".join(" ".join(read.words).split())
+    assert comparison.differences([page.read(run_dir), page.read(other)]) == {
+        "train.lr": [0.03, 0.5],
+        "method.new": [None, EVIL],
+    }
+    assert "train.lr 0.03 0.5" in shown
+    assert EVIL not in text
+    loss = read.charts()["loss"]["series"]
+    names = [s["name"] for s in loss]  # type: ignore[attr-defined]
+    assert len(set(names)) == 2
+    assert [s["at"][-1][0] for s in loss] == [100, 99]  # type: ignore[attr-defined]
+    assert re.findall(r"https?://", text) == []
+    with pytest.raises(ValueError, match=r"no run directory: .*nowhere"):
+        comparison.compare([run_dir, tmp_path / "nowhere"], file)
+
+
+def test_names_of_runs_tell_them_apart() -> None:
+    assert comparison.labels([Path("/a/x/r"), Path("/a/y/r")]) == ["x/r", "y/r"]
+    assert comparison.labels([Path("/a/p"), Path("/a/q")]) == ["p", "q"]
+    assert comparison.labels([Path("/a/p"), Path("/a/p")]) == ["p", "p (2)"]
