@@ -167,6 +167,13 @@ class FeatureIndex(Protocol):
         """
         ...
 
+    def begin(self, version: int, needs: Needs) -> None:
+        """Start to make the snapshot that ``snapshot`` of the same arguments then waits for, and return at once.
+
+        All rows of ``version`` have been added; nothing may be added before that ``snapshot`` has returned or raised.
+        """
+        ...
+
     def snapshot(self, version: int, needs: Needs) -> tuple[Snapshot, dict[str, float]]:
         """Cluster and mine the features of ``version``; the same on every rank (CPU tensors), and metrics."""
         ...

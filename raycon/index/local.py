@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from raycon.core.config import MiningConfig
 from raycon.core.stream import shard_range
 from raycon.core.types import Needs, Snapshot
 from raycon.index.engine import EngineName
-from raycon.index.mine import mine
-from raycon.index.shard import Shard
+from raycon.index.plan import check_memory
+from raycon.index.service import Miner, Saved, SavedShard, search_rows
 
 
 class LocalIndex:
     """A FeatureIndex of ``rows`` features of width ``dim``.
 
     In one process: mining.shards shards, each worked on by a thread of its own, so its thread settings never touch the
-    trainer's. With ``world`` > 1 (torch.distributed initialised): this rank holds the rows ``shard_range`` gives it,
-    which are those its loader scans, and every rank runs the same coordinator in lock step on all ranks' answers.
+    trainer's. With ``world`` > 1 (torch.distributed initialised, every rank makes its index at the same time): this rank
+    holds the rows ``shard_range`` gives it, which are those its loader scans, and every rank runs the same coordinator in
+    lock step on all ranks' answers, over a process group of its own. ``saved``: a folder of features that rows which were
+    not added are read from.
+
+    Raises ValueError when the features would not fit into memory; none is taken before the first are added.
     """
 
     def __init__(
@@ -33,13 +39,20 @@ class LocalIndex:
         rank: int = 0,
         world: int = 1,
         engine: EngineName = "auto",
+        saved: Saved | None = None,
     ) -> None:
         self.previous: Snapshot | None = None
         """The snapshot a warm start begins at: the last one made, or the one a checkpoint held."""
-        self._rows, self._mining, self._seed, self._world = rows, mining, seed, world
+        self._rows, self._dim, self._world = rows, dim, world
         ranges = [shard_range(rows, rank, world)] if world > 1 else part(rows, mining.shards)
-        self._shards = [Shard(first, last, dim, mining.threads, engine) for first, last in ranges]
+        check_memory(sum(last - first for first, last in ranges), dim, len(ranges), mining.memory_gb)
+        self._shards = [SavedShard(first, last, dim, mining.threads, engine, saved=saved) for first, last in ranges]
         self._pool = ThreadPoolExecutor(len(self._shards), thread_name_prefix="index")
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="index-refresh")
+        self._begun: tuple[int, Needs, Future[tuple[Snapshot, dict[str, float]]]] | None = None
+        # Its own group: a refresh beside the training must not mix its messages with the gradients'.
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self._miner = Miner(self._fan_out, max(len(self._shards), world), rows, mining, seed)
 
     def add(self, version: int, first_row: int, features: Any) -> None:
         """Store (n, dim) features of rows ``first_row ..``; under torchrun rows of this rank only. Raises ValueError."""
@@ -48,18 +61,52 @@ class LocalIndex:
                 f"rows {first_row} .. {first_row + len(features)}: this process holds "
                 f"{self._shards[0].first_row} .. {self._shards[-1].last_row}"
             )
+        assert self._begun is None, "features may not change while they are mined"
         for shard in self._shards:
             first, last = max(first_row, shard.first_row), min(first_row + len(features), shard.last_row)
             if first < last:
                 shard.put(version, first, features[first - first_row : last - first_row])
 
+    def begin(self, version: int, needs: Needs) -> None:
+        """Start to make a snapshot in a thread beside the caller's."""
+        assert self._begun is None, "one refresh at a time"
+        self._begun = version, needs, self._beside.submit(self._miner.make, version, needs, self.previous)
+
     def snapshot(self, version: int, needs: Needs) -> tuple[Snapshot, dict[str, float]]:
-        """Cluster and mine. Raises MissingRows, or ValueError, on every rank alike."""
-        snapshot, metrics = mine(self._fan_out, self._rows, version, needs, self._mining, self._seed, self.previous)
+        """Cluster and mine, or wait for what was begun. Raises MissingRows, or ValueError, on every rank alike."""
+        if self._begun is not None:
+            begun_version, begun_needs, future = self._begun
+            assert (begun_version, begun_needs) == (version, needs), "another snapshot was begun"
+            try:
+                snapshot, metrics = future.result()
+            finally:
+                self._begun = None
+        else:
+            snapshot, metrics = self._miner.make(version, needs, self.previous)
         self.previous = snapshot
         return snapshot, metrics
 
+    def search(
+        self, features: Any, count: int, version: int | None = None, own_Q: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The ``count`` rows most similar to each of (Q, dim) unit features: rows and cosines, both (Q, count).
+
+        See ``search_rows``; under torchrun every rank asks the same at the same time. Raises MissingRows and ValueError.
+        """
+        assert self._begun is None, "shards answer one caller at a time"
+        return search_rows(self._fan_out, version, self._rows, self._dim, features, count, own_Q)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of ``SavedShard`` on every shard: the answers in row order."""
+        return self._fan_out(method, *args)
+
+    def progress(self) -> int:
+        """Passes over the data made so far by the refresh under way or the last one."""
+        return self._miner.progress()
+
     def close(self) -> None:
+        """Wait for a refresh under way, then free the features."""
+        self._beside.shutdown(cancel_futures=True)
         self._pool.shutdown()
         self._shards.clear()
 
@@ -70,7 +117,7 @@ class LocalIndex:
             return [future.result() for future in futures]
         failure = futures[0].exception()
         answers: list[Any] = [None] * self._world
-        dist.all_gather_object(answers, failure if failure is not None else futures[0].result())
+        dist.all_gather_object(answers, failure if failure is not None else futures[0].result(), group=self._group)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer  # on every rank, or the others would wait for this one's next answer

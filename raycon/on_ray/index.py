@@ -3,14 +3,14 @@
 The driver calls ``start_index`` before training; the workers talk to it through ``RayIndex``. Features go to the
 shards, and the snapshot comes back, through the object store; no call leaves the process during a training step.
 
-Failures: a shard actor that died is restarted empty by Ray and says MissingRows; a restarted coordinator computes its
-snapshot again. Waiting is unlimited as long as the actor waited for answers ``ping``, which never queues behind work.
+Failures: a shard actor that died is restarted by Ray and takes its rows from disk when it wrote them there
+(mining.persist), else it says MissingRows and is filled again; a restarted coordinator computes its snapshot again.
+Waiting is unlimited as long as the actor waited for answers ``ping``, which never queues behind work.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,18 +18,22 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from raycon.core.config import MiningConfig
+from raycon.core.config import ConfigError, MiningConfig
 from raycon.core.types import Needs, Snapshot
 from raycon.index.local import part
-from raycon.index.mine import mine
-from raycon.index.shard import Shard, as_features, check_finite
+from raycon.index.persist import clear
+from raycon.index.plan import shard_bytes
+from raycon.index.service import Miner, Saved, SavedShard, search_rows
+from raycon.index.shard import as_features, check_finite
+from raycon.on_ray.meters import CoordinatorMeters, ShardMeters
 
 logger = logging.getLogger(__name__)
 
 _ACTOR: dict[str, Any] = {
-    "num_cpus": 0,  # a shard works while the trainers wait: it must not take a core that their group needs
+    "num_cpus": 0,  # a shard may work while the trainers wait: it need not take a core that their group needs
     "max_restarts": -1,
     "max_task_retries": -1,
     "concurrency_groups": {"work": 1},
@@ -53,6 +57,8 @@ class IndexSpec:
     seed: int
     silence_s: float
     """How long an actor may leave a ping unanswered (a restart included) before the index counts as lost."""
+    saved: Saved | None = None
+    """Where the shards find their features again after they were lost; the folder must be seen by all nodes."""
     actors: tuple[Any, ...] = field(default=(), compare=False, repr=False)
     """The handles that keep the actors alive; they stay in the process that started them."""
 
@@ -75,18 +81,21 @@ class IndexSpec:
 
 @ray.remote(**_ACTOR)
 class IndexShard:
-    """A raycon.index.shard.Shard behind Ray."""
+    """A raycon.index.service.SavedShard behind Ray."""
 
-    def __init__(self, first_row: int, last_row: int, dim: int, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._shard = Shard(first_row, last_row, dim, threads)
+    def __init__(self, spec: IndexSpec, number: int) -> None:
+        torch.set_num_threads(spec.mining.threads)
+        first, last = spec.ranges[number]
+        self._shard = SavedShard(first, last, spec.dim, spec.mining.threads, saved=spec.saved)
+        self._meters = ShardMeters(spec.run_name, number)
 
     def ping(self) -> None:
         """Answers at once whatever the shard works at."""
 
     @ray.method(concurrency_group="work")
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._shard, method)(*args)
+        with self._meters.call(method, args):
+            return getattr(self._shard, method)(*args)
 
 
 @ray.remote(**_ACTOR)
@@ -97,6 +106,8 @@ class IndexCoordinator:
         self._spec = spec
         self._shards: list[Any] = []
         self._made: tuple[Any, Any, dict[str, float]] | None = None
+        self._miner = Miner(self._fan_out, len(spec.ranges), spec.rows, spec.mining, spec.seed)
+        self._meters = CoordinatorMeters(spec.run_name)
 
     def ping(self) -> None:
         """Answers at once whatever the coordinator works at."""
@@ -104,32 +115,25 @@ class IndexCoordinator:
     def spec(self) -> IndexSpec:
         return self._spec
 
+    def progress(self) -> int:
+        """Passes over the data of the refresh under way, or of the last one."""
+        return self._miner.progress()
+
     @ray.method(concurrency_group="work")
     def snapshot(self, version: int, needs: Needs, previous: Any) -> tuple[list[Any], dict[str, float]]:
         """([a reference to the packed snapshot], metrics); computed once while the same features are asked for."""
         key = (version, needs, None if previous is None else previous[0], self._fan_out("stamp"))
         if self._made is None or self._made[0] != key:
-            made, metrics = mine(
-                self._fan_out,
-                self._spec.rows,
-                version,
-                needs,
-                self._spec.mining,
-                self._spec.seed,
-                None if previous is None else _unpack(previous),
-            )
-            self._made = (key, ray.put(_pack(made)), metrics)
+            made, metrics = self._miner.make(version, needs, None if previous is None else _unpack(previous))
+            # Stamped once more: rows that came back from disk meanwhile are the same features.
+            self._made = ((*key[:3], self._fan_out("stamp")), ray.put(_pack(made)), metrics)
+            self._meters.refreshed(version, metrics)
         return [self._made[1]], self._made[2]
 
     def _fan_out(self, method: str, *args: Any) -> list[Any]:
         if not self._shards:
             self._shards = [ray.get_actor(name, self._spec.namespace) for name in self._spec.shard_names]
-        sent = [ray.put(arg) if isinstance(arg, np.ndarray) else arg for arg in args]  # once, not once per shard
-        calls = [shard.call.remote(method, *sent) for shard in self._shards]
-        return [
-            _wait(call, shard, name, self._spec.silence_s)
-            for call, shard, name in zip(calls, self._shards, self._spec.shard_names, strict=True)
-        ]
+        return _call_all(self._shards, self._spec, method, *args)
 
 
 class RayIndex:
@@ -142,6 +146,8 @@ class RayIndex:
         self._shards = [ray.get_actor(name, spec.namespace) for name in spec.shard_names]
         self._coordinator = ray.get_actor(spec.coordinator_name, spec.namespace)
         self._sent: list[tuple[int, Any]] = []
+        self._begun: Any = None
+        """Keeps the call alive."""
 
     def add(self, version: int, first_row: int, features: Any) -> None:
         """Send (n, dim) features of rows ``first_row ..`` to the shards that own them; they arrive by ``snapshot``.
@@ -161,6 +167,15 @@ class RayIndex:
         while len(self._sent) > _IN_FLIGHT:  # bounds what the object store holds
             self._arrived(*self._sent.pop(0))
 
+    def begin(self, version: int, needs: Needs) -> None:
+        """Have the coordinator start; ``snapshot`` asks for the same and is given what it made.
+
+        Raises ValueError, on every rank.
+        """
+        self._together(self._all_arrived)  # no rank starts before every rank's rows are there
+        if self._rank == 0:
+            self._begun = self._coordinator.snapshot.remote(version, needs, self._warm_start())
+
     def snapshot(self, version: int, needs: Needs) -> tuple[Snapshot, dict[str, float]]:
         """The same snapshot on every rank; the first rank that asks has it computed.
 
@@ -168,8 +183,27 @@ class RayIndex:
         """
         self._together(self._all_arrived)  # no rank asks before every rank's rows are there
         snapshot, metrics = self._together(lambda: self._fetch(version, needs))
-        self.previous = snapshot
+        self.previous, self._begun = snapshot, None
         return snapshot, metrics
+
+    def search(
+        self, features: Any, count: int, version: int | None = None, own_Q: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The ``count`` rows most similar to each of (Q, dim) unit features: rows and cosines, both (Q, count).
+
+        See ``search_rows``; any rank may ask alone. Raises MissingRows and ValueError.
+        """
+        return search_rows(self.call, version, self._spec.rows, self._spec.dim, features, count, own_Q)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of ``SavedShard`` on every shard: the answers in row order."""
+        self._all_arrived()
+        return _call_all(self._shards, self._spec, method, *args)
+
+    def progress(self) -> int:
+        """Passes over the data made so far by the refresh under way or the last one."""
+        passes: int = ray.get(self._coordinator.progress.remote(), timeout=self._spec.silence_s)
+        return passes
 
     def close(self) -> None:
         """Forget what was sent. The actors belong to the driver: ``stop_index``."""
@@ -182,11 +216,14 @@ class RayIndex:
         while self._sent:
             self._arrived(*self._sent.pop())
 
+    def _warm_start(self) -> Any:
+        if self._spec.mining.init != "warm" or self.previous is None:
+            return None
+        return _pack(self.previous._replace(concentration=(), neighbours=None))
+
     def _fetch(self, version: int, needs: Needs) -> tuple[Snapshot, dict[str, float]]:
         name, silence_s = self._spec.coordinator_name, self._spec.silence_s
-        previous = None
-        if self._spec.mining.init == "warm" and self.previous is not None:
-            previous = _pack(self.previous._replace(concentration=(), neighbours=None))
+        previous = self._warm_start()
         for _ in range(3):
             call: Any = self._coordinator.snapshot.remote(version, needs, previous)
             (reference,), metrics = _wait(call, self._coordinator, name, silence_s)
@@ -223,23 +260,35 @@ def start_index(
     seed: int,
     start_timeout_s: float = 120.0,
     silence_s: float = 120.0,
+    saved: Saved | None = None,
 ) -> IndexSpec:
     """Start the actors of an index, or find those of this name; keep the spec as long as they shall live.
 
-    Raises ValueError when the features do not fit into memory or the name is taken by another index, RuntimeError when
-    the actors do not come up in time. Nothing is allocated before the first features arrive.
+    Raises ConfigError when the features do not fit into memory, ValueError when the name is taken by another index,
+    RuntimeError when the actors do not come up in time. Nothing is allocated before the first features arrive. A new
+    index forgets what shards of an earlier one wrote to ``saved``.
     """
     spec = IndexSpec(
-        run_name=run_name, namespace=namespace, rows=rows, dim=dim, mining=mining, seed=seed, silence_s=silence_s
+        run_name=run_name,
+        namespace=namespace,
+        rows=rows,
+        dim=dim,
+        mining=mining,
+        seed=seed,
+        silence_s=silence_s,
+        saved=saved,
     )
     names = {
         actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == namespace
     }
-    memory = _check_memory(spec, exists=spec.coordinator_name in names)
+    exists = spec.coordinator_name in names
+    memory = _check_memory(spec, exists)
+    if saved is not None and saved.write and not exists:
+        clear(saved.folder)
     common = {"namespace": namespace, "get_if_exists": True, "scheduling_strategy": "SPREAD"}
     shards = [
-        IndexShard.options(name=name, memory=memory, **common).remote(first, last, dim, mining.threads)  # type: ignore[attr-defined]
-        for name, (first, last) in zip(spec.shard_names, spec.ranges, strict=True)
+        IndexShard.options(name=name, num_cpus=mining.cpus, memory=memory, **common).remote(spec, number)  # type: ignore[attr-defined]
+        for number, name in enumerate(spec.shard_names)
     ]
     coordinator = IndexCoordinator.options(name=spec.coordinator_name, **common).remote(spec)  # type: ignore[attr-defined]
     actors = (coordinator, *shards)
@@ -248,7 +297,7 @@ def start_index(
     except GetTimeoutError:
         raise RuntimeError(
             f"the {len(shards)} index actors of {run_name!r} did not start within {start_timeout_s:g} s; each asks for "
-            f"{memory / _MB:.0f} MB, free are {ray.available_resources()}"
+            f"{memory / _MB:.0f} MB and mining.cpus = {mining.cpus:g}, free are {ray.available_resources()}"
         ) from None
     found = ray.get(coordinator.spec.remote(), timeout=silence_s)
     if found != spec:
@@ -266,20 +315,41 @@ def stop_index(spec: IndexSpec) -> None:
 
 
 def _check_memory(spec: IndexSpec, exists: bool) -> int:
-    """Bytes one shard needs at most: its features x 1.3 + 64 MB. Raises ValueError when there is less."""
+    """Bytes one shard needs at most. Raises ConfigError when there is less, in all or on every node."""
     shards = len(spec.ranges)
-    need = int(1.3 * math.ceil(spec.rows / shards) * spec.dim * 4 + 64 * _MB)
+    need = shard_bytes(spec.rows, spec.dim, shards)
     what = f"an index of {spec.rows} x {spec.dim} features needs {need * shards / _MB:.0f} MB on {shards} actors"
     limit = spec.mining.memory_gb * 1e9
     if limit and need > limit:
-        raise ValueError(
-            f"{what}, mining.memory_gb = {spec.mining.memory_gb:g} allows {limit * shards / _MB:.0f} MB: "
-            "raise mining.memory_gb or mining.shards"
+        raise ConfigError(
+            [
+                f"{what}, mining.memory_gb = {spec.mining.memory_gb:g} allows {limit * shards / _MB:.0f} MB: "
+                "raise mining.memory_gb or mining.shards"
+            ]
         )
+    if exists:
+        return need
     free = ray.available_resources().get("memory", 0.0)
-    if not exists and need * shards > free:
-        raise ValueError(f"{what}, the cluster has {free / _MB:.0f} MB free: add nodes or stop other jobs")
+    if need * shards > free:
+        raise ConfigError([f"{what}, the cluster has {free / _MB:.0f} MB free: add nodes or stop other jobs"])
+    nodes = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    if sum(int(node // need) for node in nodes) < shards:
+        raise ConfigError(
+            [
+                f"{what} of {need / _MB:.0f} MB each, and the nodes have {', '.join(f'{n / _MB:.0f}' for n in nodes)} MB: "
+                "raise mining.shards, so that each is smaller, or add nodes"
+            ]
+        )
     return need
+
+
+def _call_all(shards: list[Any], spec: IndexSpec, method: str, *args: Any) -> list[Any]:
+    sent = [ray.put(arg) if isinstance(arg, np.ndarray) else arg for arg in args]  # once, not once per shard
+    calls = [shard.call.remote(method, *sent) for shard in shards]
+    return [
+        _wait(call, shard, name, spec.silence_s)
+        for call, shard, name in zip(calls, shards, spec.shard_names, strict=True)
+    ]
 
 
 def _wait(call: Any, actor: Any, name: str, silence_s: float) -> Any:

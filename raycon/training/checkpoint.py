@@ -4,6 +4,7 @@
         model.safetensors       the method: networks, teacher, queue
         optimizer.safetensors   its state per parameter
         snapshot.safetensors    what mining found (when there is a snapshot)
+        coming.safetensors      the snapshot of the next epoch (with mining.lag = 1)
         state.json              position, versions, sizes and SHA-256 of the files
     checkpoints/last -> 00001234
 
@@ -30,6 +31,7 @@ from raycon.core.types import Snapshot
 
 FORMAT = 1
 MODEL, OPTIMIZER, SNAPSHOT, STATE = "model.safetensors", "optimizer.safetensors", "snapshot.safetensors", "state.json"
+COMING = "coming.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -45,6 +47,8 @@ class Saved:
     optimizer: dict[str, Any]
     snapshot: Snapshot | None
     state: dict[str, Any]
+    coming: Snapshot | None = None
+    """The snapshot that follows ``snapshot`` in the next epoch (mining.lag = 1)."""
 
     @property
     def step(self) -> int:
@@ -57,6 +61,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     snapshot: Snapshot | None,
     state: dict[str, Any],
+    coming: Snapshot | None = None,
 ) -> Path:
     """Write ``folder/<step>`` atomically and point ``folder/last`` to it.
 
@@ -73,10 +78,13 @@ def save(
         tensors, scalars = _flatten_optimizer(optimizer.state_dict())
         _write(work / OPTIMIZER, tensors)
         if snapshot is not None:
-            _save_snapshot(folder / "last", work, snapshot)
+            _save_snapshot(folder / "last", work / SNAPSHOT, snapshot)
+        if coming is not None:
+            _save_snapshot(folder / "last", work / COMING, coming)
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(work.iterdir())}
         full = {"format": FORMAT, "raycon": raycon.__version__, **state}
         full |= {"snapshot_version": None if snapshot is None else snapshot.version}
+        full |= {"coming_version": None if coming is None else coming.version}
         full |= {"optimizer": scalars, "files": files}
         _write_text(work / STATE, json.dumps(full, indent=1))
         if target.exists():  # the same step again after a resume: the same content
@@ -119,8 +127,11 @@ def load(path: Path) -> Saved:
     snapshot = None
     if state["snapshot_version"] is not None:
         snapshot = _load_snapshot(path / SNAPSHOT, state["snapshot_version"])
+    coming = None
+    if state.get("coming_version") is not None:
+        coming = _load_snapshot(path / COMING, state["coming_version"])
     optimizer = _unflatten_optimizer(load_file(path / OPTIMIZER), state["optimizer"])
-    return Saved(path, load_file(path / MODEL), optimizer, snapshot, state)
+    return Saved(path, load_file(path / MODEL), optimizer, snapshot, state, coming)
 
 
 def steps(folder: Path) -> list[Path]:
@@ -191,19 +202,20 @@ def _unflatten_optimizer(tensors: dict[str, Tensor], scalars: dict[str, Any]) ->
     return {"state": state, "param_groups": scalars["param_groups"]}
 
 
-def _save_snapshot(last: Path, work: Path, snapshot: Snapshot) -> None:
+def _save_snapshot(last: Path, target: Path, snapshot: Snapshot) -> None:
     try:
         previous = json.loads((last / STATE).read_text(encoding="utf-8"))
-        if previous["snapshot_version"] == snapshot.version:
-            os.link((last / SNAPSHOT).resolve(), work / SNAPSHOT)
-            return
+        for name, version in ((SNAPSHOT, "snapshot_version"), (COMING, "coming_version")):
+            if previous.get(version) == snapshot.version:
+                os.link((last / name).resolve(), target)
+                return
     except (OSError, ValueError, KeyError):
         pass  # no previous checkpoint, or a file system without links: write it
     tensors = {f"{name}.{i}": t for name in ("assignment", "prototypes", "concentration")
                for i, t in enumerate(getattr(snapshot, name))}  # fmt: skip
     if snapshot.neighbours is not None:
         tensors["neighbours"] = snapshot.neighbours
-    _write(work / SNAPSHOT, tensors)
+    _write(target, tensors)
 
 
 def _load_snapshot(file: Path, version: int) -> Snapshot:

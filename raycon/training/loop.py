@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from raycon.core import dist, stream
 from raycon.core.config import RunConfig
 from raycon.core.log import Metrics
-from raycon.core.types import Batch, Loader, Mined, MissingRows, Needs, Output, Progress, Runtime, Snapshot
+from raycon.core.types import Batch, Loader, Mined, Output, Progress, Runtime, Snapshot
 from raycon.methods.base import Method
 from raycon.nn import health, optim, pictures
 from raycon.training import checkpoint
 from raycon.training.meter import Meter
+from raycon.training.mining import Mining
 
 logger = logging.getLogger("raycon")
 
@@ -40,19 +40,19 @@ def train(
     Raises NotFinite (the last good checkpoint is kept) and checkpoint.CheckpointError.
     """
     per_epoch, steps = loader.steps, config.train.epochs * loader.steps
-    device, needs = runtime.device, method.needs
+    device = runtime.device
     method.to(device).train()
     if config.model.channels_last:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     method.bf16 = config.train.precision == "bf16"
     optimizer = optim.build_optimizer(method, config.train)
-    step, snapshot = 0, None
+    mining = Mining(method, loader, runtime, metrics, config.mining.lag, config.train.epochs)
+    step = 0
     if (path := runtime.restore()) is not None:
-        step, snapshot, evaluate = restore(path, method, optimizer, config, steps)
+        step, evaluate = restore(path, method, optimizer, config, steps, mining)
         metrics.rewind(step)
         for text in runtime.refused:
             metrics.write("event", step, text=f"a damaged checkpoint was passed over: {text}")
-        runtime.index.previous = snapshot
         if dist.any_true(runtime.rank == 0 and evaluate and not evaluated(run_dir, step)):
             # The run died between this checkpoint and its evaluation.
             runtime.report({"step": step}, path if runtime.rank == 0 else None, evaluate=True)
@@ -84,8 +84,7 @@ def train(
     stopping = False
     while step < steps and not stopping:
         epoch = step // per_epoch
-        if wants_snapshot(needs, epoch, snapshot):
-            snapshot = refresh(method, loader, runtime, epoch, step, metrics)
+        snapshot = mining.before_epoch(epoch, step)
         mined_on_device = None if snapshot is None else snapshot.to(device)
         used = () if snapshot is None else tuple(int(a.max()) + 1 for a in snapshot.assignment)
         batches = loader.train(epoch, first_step=step % per_epoch, snapshot=snapshot)
@@ -106,10 +105,13 @@ def train(
 
             end_of_epoch = step % per_epoch == 0
             if step % config.log.every_steps == 0 or end_of_epoch:
-                log_step(metrics, meter, output, norm, lr, step, steps, epoch, config, dist_health=end_of_epoch)
+                log_step(
+                    metrics, meter, output, norm, lr, step, steps, epoch, config, snapshot, dist_health=end_of_epoch
+                )
                 stopping = runtime.should_stop()
             if stopping or due(config, step, per_epoch, steps):
                 guard.flush()
+                mining.settle(epoch, step)
                 saved, evaluate = None, due_evaluation(config, step, per_epoch, steps)
                 if runtime.rank == 0:
                     state: dict[str, Any] = {
@@ -120,7 +122,7 @@ def train(
                     }
                     state |= {"world": runtime.world, "method": config.method.name, "seed": config.seed}
                     state |= {"evaluate": evaluate}
-                    saved = checkpoint.save(run_dir / "checkpoints", method, optimizer, snapshot, state)
+                    saved = checkpoint.save(run_dir / "checkpoints", method, optimizer, snapshot, state, mining.coming)
                     checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep, lambda s: evaluated(run_dir, s))
                 runtime.report({"step": step, "epoch": epoch, "loss": float(output.loss.detach())}, saved, evaluate)
                 meter.pause()
@@ -221,58 +223,10 @@ class FiniteGuard:
 # --- once in a while --------------------------------------------------------------------------------------------
 
 
-def wants_snapshot(needs: Needs, epoch: int, snapshot: Snapshot | None) -> bool:
-    """Is a new snapshot due before this epoch? The present one stays in force between refreshes."""
-    if not needs.snapshot or epoch < needs.from_epoch or (snapshot is not None and snapshot.version == epoch):
-        return False
-    return snapshot is None or (epoch - needs.from_epoch) % needs.refresh_epochs == 0
-
-
-@torch.no_grad()
-def refresh(
-    method: Method, loader: Loader, runtime: Runtime, epoch: int, step: int, metrics: Metrics, tries: int = 3
-) -> Snapshot:
-    """Embed every row once over the ranks, hand the features to the index, and take the snapshot.
-
-    Features come from rank 0's BatchNorm statistics on every rank. When a part of the index was lost meanwhile it
-    is filled again; the features are deterministic, so the snapshot is the same.
-    """
-    start = time.perf_counter()
-    dist.broadcast_buffers(method)
-    method.eval()
-    try:
-        for attempt in range(tries):
-            first, _ = stream.shard_range(loader.rows, runtime.rank, runtime.world)
-            features = torch.cat([method.features(block.images).float().cpu() for block in loader.scan()])
-            runtime.index.add(epoch, first, features.numpy())
-            embedded = time.perf_counter() - start
-            try:
-                snapshot, found = runtime.index.snapshot(epoch, method.needs)
-                break
-            except MissingRows as lost:
-                if attempt == tries - 1:
-                    raise
-                metrics.write(
-                    "event", step, epoch=epoch, text=f"a part of the index was lost and is filled again: {lost}"
-                )
-    finally:
-        method.train()
-    assert snapshot.version == epoch
-    seconds = time.perf_counter() - start
-    sizes = {}
-    for i, assignment in enumerate(snapshot.assignment):
-        of_size = assignment.bincount(minlength=len(snapshot.prototypes[i])).bincount()
-        sizes[f"clusters/{i}/sizes_histogram"] = [[s, n] for s, n in enumerate(of_size.tolist()) if n]
-    metrics.write(
-        "snapshot", step, epoch=epoch, version=epoch, seconds=seconds, embed_seconds=embedded, **found, **sizes
-    )
-    return snapshot
-
-
 def restore(
-    path: Path, method: Method, optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
-) -> tuple[int, Snapshot | None, bool]:
-    """Put a checkpoint into the method and the optimiser; returns (steps done, snapshot, whether it is for evaluation)."""
+    path: Path, method: Method, optimizer: torch.optim.Optimizer, config: RunConfig, steps: int, mining: Mining
+) -> tuple[int, bool]:
+    """Put a checkpoint into method, optimiser and mining; returns (steps done, whether it is for evaluation)."""
     saved = checkpoint.load(path)
     if saved.state["method"] != config.method.name:
         raise checkpoint.CheckpointError(
@@ -289,7 +243,8 @@ def restore(
         same_layout(optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         raise checkpoint.CheckpointError(f"{path} does not fit this configuration: {error}") from None
-    return saved.step, saved.snapshot, bool(saved.state["evaluate"])
+    mining.resume(saved.snapshot, saved.coming)
+    return saved.step, bool(saved.state["evaluate"])
 
 
 def same_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -332,6 +287,7 @@ def log_step(
     steps: int,
     epoch: int,
     config: RunConfig,
+    snapshot: Snapshot | None,
     dist_health: bool,
 ) -> None:
     """One line of metrics.jsonl: means over the ranks. Reading the numbers is the only host synchronisation."""
@@ -343,6 +299,8 @@ def log_step(
         numbers["health/std"] = float(health.feature_std(embedding))
         if dist_health:
             numbers["health/effective_rank"] = float(health.effective_rank(embedding))
+    if snapshot is not None:
+        numbers["mining/version"] = snapshot.version
     numbers |= meter.read(steps - step)
     metrics.write("train", step, epoch=epoch, epochs=config.train.epochs, steps=steps, **numbers)
 

@@ -50,6 +50,9 @@ class _NoIndex:
     def add(self, version: int, first_row: int, features: Any) -> None:
         raise AssertionError("this method declared no need to mine")
 
+    def begin(self, version: int, needs: Needs) -> None:
+        raise AssertionError("this method declared no need to mine")
+
     def snapshot(self, version: int, needs: Needs) -> tuple[Snapshot, dict[str, float]]:
         raise AssertionError("this method declared no need to mine")
 

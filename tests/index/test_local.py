@@ -65,9 +65,11 @@ def test_any_number_of_shards_gives_the_same_snapshot(shards: int) -> None:
     two, metrics = refresh(x)
     other, others = refresh(x, dataclasses.replace(MINING, shards=shards))
     assert same(two, other)
-    assert {k: v for k, v in metrics.items() if "seconds" not in k} == {
-        k: v for k, v in others.items() if "seconds" not in k
-    }
+
+    def found(metrics: dict[str, float]) -> dict[str, float]:  # what it cost depends on the shards
+        return {k: v for k, v in metrics.items() if k.startswith("index/") and "seconds" not in k}
+
+    assert found(metrics) == found(others)
 
 
 def test_missing_rows_are_said_and_can_be_added() -> None:
