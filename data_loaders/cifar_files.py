@@ -33,8 +33,11 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read(root: Path | None, name: str, folder: str, file: str) -> Mapping[str, Any]:
-    """One batch file, keys as text. ``root`` holds ``folder``, or is it. Raises ConfigError naming what is missing."""
+def read(root: Path | None, name: str, folder: str, file: str, first: int = 0, **labels: int) -> Mapping[str, Any]:
+    """One batch file: ``data`` (N, 3072) uint8, and of each key in ``labels`` (N,) int64 of first..first+number-1.
+
+    ``root`` holds ``folder``, or is it. Raises ConfigError naming what is missing, damaged or out of range.
+    """
     if root is None:
         raise ConfigError([f"data.name = {name!r} needs its files: give --data.root, the folder that holds {folder}"])
     path = next((p for p in (root / folder / file, root / file) if p.is_file()), None)
@@ -43,14 +46,31 @@ def read(root: Path | None, name: str, folder: str, file: str) -> Mapping[str, A
     try:
         with path.open("rb") as handle:
             found = _Unpickler(handle, encoding="latin1").load()
-    except (OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can make the unpickler raise nearly anything
         raise ConfigError([f"{path}: cannot be read ({error}); fetch it again"]) from error
     if not isinstance(found, dict) or "data" not in found:
         raise ConfigError([f"{path}: is no batch of images; fetch it again"])
-    return found
+    data = found["data"]
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        raise ConfigError([f"{path}: its images are not rows of 3 x 32 x 32 bytes; fetch it again"])
+    batch: dict[str, Any] = {"data": data}
+    for key, number in labels.items():
+        batch[key] = _labels(path, found, key, len(data), first, number)
+    return batch
 
 
-def pixels(flat_NP: Any, side: int = 32) -> NDArray[np.uint8]:
+def _labels(path: Path, found: Mapping[str, Any], key: str, rows: int, first: int, number: int) -> NDArray[np.int64]:
+    values = found.get(key)
+    if not isinstance(values, (list, np.ndarray)) or len(values) != rows:
+        raise ConfigError([f"{path}: has not a label {key!r} for each of its {rows} images; fetch it again"])
+    for row, value in enumerate(values):
+        if not isinstance(value, (int, np.integer)) or not first <= value < first + number:
+            raise ConfigError(
+                [f"{path}: row {row} has {key} {value!r}, not one of {first}..{first + number - 1}; fetch it again"]
+            )
+    return np.asarray(values, dtype=np.int64)
+
+
+def pixels(flat_NP: NDArray[np.uint8], side: int = 32) -> NDArray[np.uint8]:
     """(N, side, side, 3) of (N, 3 x side x side), channel after channel."""
-    flat = np.asarray(flat_NP, dtype=np.uint8).reshape(-1, 3, side, side)
-    return np.ascontiguousarray(flat.transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(flat_NP.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))

@@ -1,35 +1,55 @@
 """Write any data set as an FFCV file (.beton): exact pixels, the row, the weak label.
 
 Images of one size are stored raw; files of any size are stored as they are (the same bytes, so nothing is lost and the
-copy is as small as the original). Written in this process rather than with FFCV's DatasetWriter, whose helper processes
-leave the caller waiting for ever when one of them meets an unreadable image.
+copy is as small as the original). Not with FFCV's DatasetWriter, whose helper processes leave the caller waiting for
+ever when one of them meets an unreadable image.
 
-    python -m raycon.data_loaders.write_ffcv fashion-mnist --out fashion-mnist.beton
+Where every image will lie follows from the sizes alone, so the file is the same whoever reads the images, in spans of
+some 32 MB: this process, or tasks elsewhere (``fetch``). A span that is in the file is noted beside it with its
+checksum; a writer that was stopped goes on after the last one, and at the end all of the file is read again.
+
+    python -m raycon.data write-ffcv fashion-mnist --out fashion-mnist.beton
 """
 
 from __future__ import annotations
 
-import argparse
+import fcntl
+import itertools
+import json
 import logging
 import os
-import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from raycon.core.config import ConfigError
 
-from .common import file_lock
-from .datasets import FileSet, ImageSet, names, open_dataset
+from .datasets import FileSet, ImageSet
 
 log = logging.getLogger(__name__)
 
 CHECKED_ROWS = 64
 """Rows whose stored pixels are compared with the source when a file is written or found."""
+SPAN_BYTES = 32 * 2**20
+"""What is read and written at once, about."""
+
+
+class Span(NamedTuple):
+    """Consecutive rows and where they lie in the file."""
+
+    first: int
+    start: NDArray[np.int64]
+    """Of each row."""
+    size: NDArray[np.int64]
+    """Bytes of each row."""
+
+
+Fetch = Callable[[ImageSet, Iterable[Span]], Iterator[bytes]]
+"""Gives ``pack`` of each span, in order."""
 
 
 def import_ffcv() -> Any:
@@ -38,6 +58,8 @@ def import_ffcv() -> Any:
     FFCV sets torch's threads of the whole process to its own, at import and at every epoch start; that would slow the
     training down and change its rounding. Raises ImportError, with what to do, where FFCV is absent or broken.
     """
+    import torch
+
     threads = torch.get_num_threads()
     try:
         import ffcv.fields
@@ -68,6 +90,8 @@ def ensure_beton(dataset: ImageSet, folder: Path) -> Path:
     Processes that ask at the same time wait for the first one to write it. Raises ConfigError when the folder cannot be
     written, ValueError naming an unreadable image.
     """
+    from .common import file_lock
+
     file = folder / f"{dataset.fingerprint}.beton"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,23 +108,35 @@ def ensure_beton(dataset: ImageSet, folder: Path) -> Path:
     return file
 
 
-def write_beton(dataset: ImageSet, file: Path, progress: Callable[[int], None] | None = None) -> None:
+def write_beton(
+    dataset: ImageSet, file: Path, progress: Callable[[int], None] | None = None, fetch: Fetch | None = None
+) -> None:
     """Write ``file``: under another name first, checked, then renamed, so that a half-written one is never seen.
 
-    ``progress`` is told the number of rows written. Raises ValueError naming an unreadable image, OSError.
+    progress: is told the number of rows in the file, at the beginning and after every span. fetch: reads the images;
+    without it this process does. What a stopped writer left (``.NAME.part``) is gone on with when it is of this data.
+    Raises ValueError naming an unreadable image, ConfigError while another process writes the file, OSError.
     """
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as out:
-            _write(dataset, out, progress or (lambda rows: None))
-            out.flush()
-            os.fsync(out.fileno())
-        problem = beton_problem(part, dataset)
-        if problem is not None:
-            raise OSError(f"{file} was not written correctly: {problem}")
+    part, journal = (file.with_name(f".{file.name}.{ending}") for ending in ("part", "part.jsonl"))
+    progress = progress or (lambda rows: None)
+    with open(part, "a+b") as out:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                [f"{file} is being written by another process: wait for it, or give another name"]
+            ) from None
+        try:
+            _write(dataset, part, journal, progress, fetch or _fetch_here)
+            problem = beton_problem(part, dataset)
+            if problem is not None:
+                raise OSError(f"{file} was not written correctly: {problem}")
+        except (ValueError, OSError):  # would come again; what a killed process leaves is gone on with
+            part.unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
+            raise
         os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)
 
 
 def beton_problem(file: Path, dataset: ImageSet) -> str | None:
@@ -153,7 +189,48 @@ def _stored(dataset: ImageSet, row: int) -> NDArray[np.uint8]:
     return np.frombuffer(dataset.encoded(row), np.uint8)
 
 
-def _write(dataset: ImageSet, out: IO[bytes], progress: Callable[[int], None]) -> None:
+def pack(dataset: ImageSet, span: Span) -> bytes:
+    """What the file holds from the first to the last byte of a span. Raises ValueError naming an unreadable image."""
+    begin = int(span.start[0])
+    region = np.zeros(int(span.start[-1] + span.size[-1]) - begin, dtype=np.uint8)
+    for i, (start, size) in enumerate(zip((span.start - begin).tolist(), span.size.tolist(), strict=True)):
+        data = _stored(dataset, span.first + i)
+        if len(data) != size:
+            raise ValueError(f"{dataset.where(span.first + i)}: has changed from {size} to {len(data)} bytes meanwhile")
+        region[start : start + size] = data
+    return region.tobytes()
+
+
+def _fetch_here(dataset: ImageSet, spans: Iterable[Span]) -> Iterator[bytes]:
+    return (pack(dataset, span) for span in spans)
+
+
+def _places(dataset: ImageSet, before: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    """FFCV's page size, and where each row's bytes begin and how many they are, after ``before`` bytes of tables."""
+    rows = len(dataset)
+    size = np.full(rows, np.prod(dataset.image or 0), dtype=np.int64)
+    if isinstance(dataset, FileSet):
+        size = dataset.sizes()
+    page_size = 1 << 21  # FFCV's smallest; an image may not cross the end of a page
+    page_size = max(page_size, 1 << (max(int(size.max()), 1) - 1).bit_length())
+    start = np.empty(rows, dtype=np.int64)
+    end = -(-before // page_size) * page_size
+    page_end = end
+    for row, length in enumerate(size.tolist()):
+        if end + length > page_end:
+            end, page_end = page_end, page_end + page_size
+        start[row] = end
+        end += length
+    return page_size, start, size
+
+
+def _spans(start: NDArray[np.int64], size: NDArray[np.int64]) -> list[Span]:
+    number = (np.cumsum(size) - size) // SPAN_BYTES
+    cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(start)]
+    return [Span(a, start[a:b], size[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def _write(dataset: ImageSet, part: Path, journal: Path, progress: Callable[[int], None], fetch: Fetch) -> None:
     """FFCV's format: header, field descriptions, per-sample metadata, pages of data, allocation table."""
     ffcv = import_ffcv()
     types, rows = ffcv.types, len(dataset)
@@ -166,65 +243,82 @@ def _write(dataset: ImageSet, out: IO[bytes], progress: Callable[[int], None]) -
         place["arguments"][:] = field.to_binary()[0]
     metadata = np.zeros(rows, types.get_metadata_type(list(fields.values())))
     metadata["f1"], metadata["f2"] = np.arange(rows), dataset.weak
-    allocated = np.zeros(rows, types.ALLOC_TABLE_TYPE)
-
-    page_size = 1 << 21  # FFCV's smallest; an image may not cross the end of a page
-    if isinstance(dataset, FileSet):
-        largest = max(dataset.stat(row).st_size for row in range(rows))
-        page_size = max(page_size, 1 << (largest - 1).bit_length())
     before = types.HeaderType.itemsize + described.nbytes + metadata.nbytes
-    end = -(-before // page_size) * page_size
-    page_end = end
-    for row in range(rows):
-        data = _stored(dataset, row)
-        if end + len(data) > page_end:
-            end, page_end = page_end, page_end + page_size
-        out.seek(end)
-        out.write(data.data)
-        allocated[row] = (row, end, len(data))
-        end += len(data)
-        progress(row + 1)
+    page_size, start, size = _places(dataset, before)
     if dataset.image is None:
-        metadata["f0"]["ptr"], metadata["f0"]["size"] = allocated["ptr"], allocated["size"]
+        metadata["f0"]["ptr"], metadata["f0"]["size"] = start, size
     else:
-        metadata["f0"] = allocated["ptr"]
-    out.seek(page_end)  # the last page is filled up with zeros
-    out.write(allocated.tobytes())
+        metadata["f0"] = start
+    allocated = np.zeros(rows, types.ALLOC_TABLE_TYPE)
+    for column, values in zip(types.ALLOC_TABLE_TYPE.names, (np.arange(rows), start, size), strict=True):
+        allocated[column] = values
+    table = -(-int(start[-1] + size[-1]) // page_size) * page_size  # the last page is filled up with zeros
 
-    header = np.zeros(1, types.HeaderType)
-    header["version"], header["num_fields"] = types.CURRENT_VERSION, len(fields)
-    header["page_size"], header["num_samples"], header["alloc_table_ptr"] = page_size, rows, page_end
-    out.seek(0)
-    for part in (header, described, metadata):
-        out.write(part.tobytes())
+    with open(part, "r+b") as out:
+        _write_spans(dataset, out, journal, _spans(start, size), progress, fetch)
+        out.seek(table)
+        out.write(allocated.tobytes())
+        out.truncate()
+        header = np.zeros(1, types.HeaderType)
+        header["version"], header["num_fields"] = types.CURRENT_VERSION, len(fields)
+        header["page_size"], header["num_samples"], header["alloc_table_ptr"] = page_size, rows, table
+        out.seek(0)
+        for block in (header, described, metadata):
+            out.write(block.tobytes())
+        out.flush()
+        os.fsync(out.fileno())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write one data set's split as a .beton file. Returns the exit code."""
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+def _write_spans(
+    dataset: ImageSet,
+    out: IO[bytes],
+    journal: Path,
+    spans: list[Span],
+    progress: Callable[[int], None],
+    fetch: Fetch,
+) -> None:
+    """Write the spans that are not in the file yet, then read all of them again."""
+    head = {"data": dataset.fingerprint, "rows": len(dataset), "spans": len(spans)}
+    sums = _noted(journal, head)
+    done = [span for span in spans if span.first in sums]
+    if done:
+        log.info("going on after %d of %d images", sum(len(s.start) for s in done), len(dataset))
+    else:
+        out.truncate(0)
+        journal.write_text(json.dumps(head) + "\n", encoding="utf-8")
+    rows = sum(len(span.start) for span in done)
+    progress(rows)
+    left = [span for span in spans if span.first not in sums]
+    with journal.open("a", encoding="utf-8") as notes:
+        for span, data in zip(left, fetch(dataset, left), strict=True):
+            out.seek(int(span.start[0]))
+            out.write(data)
+            out.flush()
+            sums[span.first] = zlib.crc32(data)
+            notes.write(json.dumps({"first": span.first, "sum": sums[span.first]}) + "\n")
+            notes.flush()
+            rows += len(span.start)
+            progress(rows)
+    for span in spans:
+        out.seek(int(span.start[0]))
+        data = out.read(int(span.start[-1] + span.size[-1] - span.start[0]))
+        if zlib.crc32(data) != sums[span.first]:
+            raise OSError(f"images {span.first} .. {span.first + len(span.start) - 1} were not written correctly")
 
-    parser = argparse.ArgumentParser(prog="python -m raycon.data_loaders.write_ffcv", description=main.__doc__)
-    parser.add_argument("dataset", help=f"one of {', '.join(names())}")
-    parser.add_argument("--root", default="", help="where the data set's files are; empty: the usual places")
-    parser.add_argument("--split", default="train", help="train or test")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    options = parser.parse_args(arguments)
+
+def _noted(journal: Path, head: dict[str, Any]) -> dict[int, int]:
+    """By its first row the checksum of each span that a stopped writer of this data had finished."""
     try:
-        dataset = open_dataset(options.dataset, options.root, options.split)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task("images written", total=len(dataset))
-            write_beton(
-                dataset,
-                options.out.absolute(),
-                lambda rows: bar.update(task, completed=rows) if not rows % 256 else None,
-            )
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stderr.write(f"{len(dataset)} images written to {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        first, *lines = journal.read_text(encoding="utf-8").splitlines()
+        if json.loads(first) != head:
+            return {}
+    except (OSError, ValueError):
+        return {}
+    sums = {}
+    for line in lines:
+        try:
+            note = json.loads(line)
+            sums[int(note["first"])] = int(note["sum"])
+        except (ValueError, KeyError, TypeError):  # the last one, torn
+            break
+    return sums

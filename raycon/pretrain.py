@@ -271,7 +271,10 @@ def choose_run_dir(config: RunConfig) -> Path:
 
 def absolute(config: RunConfig, run_dir: Path) -> RunConfig:
     """Ray's workers run elsewhere: every path is made absolute once, here."""
-    root = str(Path(config.data.root).expanduser().absolute()) if config.data.root else ""
+    root, listing = (
+        place if not place or "://" in place else str(Path(place).expanduser().absolute())
+        for place in (config.data.root, config.data.listing)
+    )
     cache = str(Path(config.data.cache or run_dir.parent / ".cache").expanduser().absolute())
     weights = config.model.weights
     if weights and not weights.startswith("torchvision:"):
@@ -279,7 +282,7 @@ def absolute(config: RunConfig, run_dir: Path) -> RunConfig:
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(run_dir)),
-        data=dataclasses.replace(config.data, root=root, cache=cache),
+        data=dataclasses.replace(config.data, root=root, listing=listing, cache=cache),
         model=dataclasses.replace(config.model, weights=weights),
     )
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from raycon.core.config import ConfigError
 
-from ..common import file_lock
-from . import ArraySet, no_labels, unknown_split
+from . import ArraySet, check_labels, no_labels, unknown_split
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -33,9 +32,8 @@ def open_split(root: Path | None, split: str) -> ArraySet:
     prefix, rows = SPLITS[split]
     folder = _find(root, prefix) or _download(root, prefix)
     images = read_idx(_file(folder, f"{prefix}-images-idx3-ubyte"), (rows, 28, 28))
-    label = read_idx(_file(folder, f"{prefix}-labels-idx1-ubyte"), (rows,)).astype(np.int64)
-    if label.max() >= len(CLASSES):
-        raise ConfigError([f"{folder}/{prefix}-labels-idx1-ubyte: label {label.max()} is not 0..9; fetch it again"])
+    labels = _file(folder, f"{prefix}-labels-idx1-ubyte")
+    label = check_labels(read_idx(labels, (rows,)).astype(np.int64), len(CLASSES), labels)
     return ArraySet(
         name="fashion-mnist",
         split=split,
@@ -91,6 +89,8 @@ def _downloads() -> Path:
 
 def _download(root: Path | None, prefix: str) -> Path:
     from torchvision.datasets import FashionMNIST
+
+    from ..common import file_lock
 
     target = root or _downloads()
     try:

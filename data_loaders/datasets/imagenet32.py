@@ -21,9 +21,9 @@ def open_split(root: Path | None, split: str) -> ArraySet:
         raise unknown_split("imagenet32", split, tuple(FILES))
     images, labels = [], []
     for file in FILES[split]:
-        batch = cifar_files.read(root, "imagenet32", "imagenet32", file)
+        batch = cifar_files.read(root, "imagenet32", "imagenet32", file, first=1, labels=1000)
         images.append(cifar_files.pixels(batch["data"]))
-        labels.append(np.asarray(batch["labels"], dtype=np.int64))
+        labels.append(batch["labels"])
     label = coarse.imagenet32_to_imagenet()[np.concatenate(labels) - 1]
     return ArraySet(
         name="imagenet32",

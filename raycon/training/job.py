@@ -34,9 +34,7 @@ def open_data(config: RunConfig, split: str = "train") -> Any:
     With ``data.validation``, "train" is without the rows held out, and "validation" is those.
     """
     wanted = "train" if split == "validation" else split
-    dataset = importlib.import_module("raycon.data_loaders.datasets").open_dataset(
-        config.data.name, config.data.root, wanted
-    )
+    dataset = importlib.import_module("raycon.data_loaders.datasets").open_config(config.data, wanted)
     if wanted == "train" and config.data.validation:
         kept, held = importlib.import_module("raycon.data_loaders.hold_out").hold_out(
             dataset, config.data.validation, config.seed
@@ -125,6 +123,9 @@ def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: 
     facts = facts_of(config, dataset, runtime.world)
     loader = open_loader(config, dataset, loader_plan(config, dataset, run_dir, device, runtime.world, runtime.rank))
     metrics.write("event", 0, text=f"loader: {loader.kind}")
+    if dataset.dropped:
+        text = f"data: {dataset.dropped} unreadable images left out, {len(dataset)} stay (data.on-error = skip)"
+        metrics.write("event", 0, text=text, dropped=dataset.dropped)
     method = build_method(config, facts, len(dataset.mean))
     if config.model.compile:
         method.encoder().compile()

@@ -20,7 +20,7 @@ def test_a_file_is_a_registered_data_set() -> None:
 
 
 def test_unknown_names_get_the_nearest_and_the_list() -> None:
-    with pytest.raises(ConfigError, match=r"'fashion_mnist'.*did you mean 'fashion-mnist'.*digits, fashion-mnist"):
+    with pytest.raises(ConfigError, match=r"'fashion_mnist'.*did you mean 'fashion-mnist'.*digits, .*fashion-mnist"):
         open_dataset("fashion_mnist")
     with pytest.raises(ConfigError, match=r"no split 'validation'.*train, test"):
         open_dataset("digits", split="validation")
@@ -136,9 +136,6 @@ def test_folder_mistakes_are_named(folder: Path) -> None:
         open_dataset("image-folder", folder, "test")
     with pytest.raises(ConfigError, match="not a folder"):
         open_dataset("image-folder", folder / "absent")
-    (folder / "train" / "empty").mkdir()
-    with pytest.raises(ConfigError, match="without images: empty"):
-        open_dataset("image-folder", folder)
     (folder / "train" / "loose.png").write_bytes(b"x")
     with pytest.raises(ConfigError, match="beside and inside"):
         open_dataset("image-folder", folder)

@@ -12,7 +12,7 @@ import pytest
 
 from raycon.core.config import ConfigError
 from raycon.data_loaders.datasets import ArraySet, ImageSet, open_dataset
-from raycon.data_loaders.write_ffcv import beton_problem, ensure_beton, main, write_beton
+from raycon.data_loaders.write_ffcv import beton_problem, ensure_beton, pack, write_beton
 
 pytestmark = pytest.mark.ffcv
 
@@ -117,7 +117,7 @@ def test_a_file_that_goes_away_is_named_and_leaves_nothing_behind(tmp_path: Path
     dataset = open_dataset("image-folder", source)
 
     def goes_away(rows: int) -> None:
-        (source / "1.png").unlink()
+        (source / "1.png").unlink(missing_ok=True)
 
     with pytest.raises(ValueError, match=r"1\.png: cannot be read"):
         write_beton(dataset, out / "a.beton", goes_away)
@@ -130,9 +130,94 @@ def test_a_place_that_cannot_be_written_is_named(digits: ArraySet, tmp_path: Pat
         ensure_beton(digits, tmp_path / "file" / "sub")
 
 
-def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["digits", "--out", str(tmp_path / "d.beton")]) == 0
-    assert "1437 images written" in capsys.readouterr().err
-    assert beton_problem(tmp_path / "d.beton", open_dataset("digits")) is None
-    assert main(["digit", "--out", str(tmp_path / "e.beton")]) == 1
-    assert "did you mean 'digits'" in capsys.readouterr().err
+class Killed(BaseException):
+    """What a signal does to the process, as far as the file is concerned."""
+
+
+@pytest.fixture
+def many(digits: ArraySet) -> ArraySet:
+    """60 MB of images: two spans."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 600, 600, 3), dtype=np.uint8)
+    few = {"label": digits.label[:60], "weak": digits.weak[:60]}
+    return dataclasses.replace(digits, images=images, mean=(0.5,) * 3, std=(0.5,) * 3, **few)
+
+
+def test_a_stopped_writer_s_work_is_gone_on_with(
+    many: ArraySet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, told = tmp_path / "a.beton", []
+
+    def stop(rows: int) -> None:
+        if rows:
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_beton(many, file, stop)
+    assert not file.exists()
+    with caplog.at_level(logging.INFO):
+        write_beton(many, file, told.append)
+    assert "going on after" in caplog.text
+    assert 0 < told[0] < 60
+    assert told[-1] == 60
+    assert beton_problem(file, many) is None
+    write_beton(many, tmp_path / "b.beton")
+    assert file.read_bytes() == (tmp_path / "b.beton").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.beton", "b.beton"}
+    with pytest.raises(Killed):
+        write_beton(many, file, stop)
+    other = many.subset(np.arange(60)[::-1])
+    write_beton(other, file, told.append)  # the leftovers are of other data
+    assert beton_problem(file, other) is None
+
+
+def test_all_of_the_file_is_read_again(many: ArraySet, tmp_path: Path) -> None:
+    file = tmp_path / "a.beton"
+    part = file.with_name(".a.beton.part")
+
+    def damage(rows: int) -> None:
+        if rows == 60:
+            with part.open("r+b") as out:
+                out.seek(2**21 + 1000)
+                out.write(b"damaged")
+
+    with pytest.raises(OSError, match=r"images 0 \.\. \d+ were not written correctly"):
+        write_beton(many, file, damage)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_file_do_not_mix(many: ArraySet, tmp_path: Path) -> None:
+    def second(rows: int) -> None:
+        with pytest.raises(ConfigError, match="being written by another process"):
+            write_beton(many, tmp_path / "a.beton")
+
+    write_beton(many, tmp_path / "a.beton", second)
+    assert beton_problem(tmp_path / "a.beton", many) is None
+
+
+@pytest.mark.ray
+def test_tasks_write_the_same_file(tmp_path: Path) -> None:
+    import ray
+    from PIL import Image
+
+    from raycon.on_ray.tasks import in_order
+
+    generator = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(generator.integers(0, 256, (2400, 2000, 3), dtype=np.uint8)).save(
+            tmp_path / f"{i}.png", compress_level=0
+        )
+    dataset = open_dataset("image-folder", tmp_path)
+    write_beton(dataset, tmp_path / "here.beton")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        write_beton(dataset, tmp_path / "there.beton", fetch=lambda data, spans: in_order(pack, data, spans, workers=2))
+        with pytest.raises(ValueError, match=r"1\.png: cannot be read"):
+            write_beton(
+                dataset,
+                tmp_path / "bad.beton",
+                lambda rows: (tmp_path / "1.png").unlink(missing_ok=True),
+                lambda data, spans: in_order(pack, data, spans, workers=2),
+            )
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "here.beton").read_bytes() == (tmp_path / "there.beton").read_bytes()
