@@ -217,6 +217,8 @@ class EvalConfig:
     """C of the SVMs; each is reported by itself when there are several."""
     retrieval_positional: bool = False
     """Leave out whatever comes first, as MaskCon's code does, and not the query itself."""
+    roots: str = ""
+    """A folder that holds other data sets (name@DATA), each in a folder of its name; empty: their usual places."""
     coco: str = ""
     """Where the detection data is: a folder in COCO's layout."""
     iterations: int = 0

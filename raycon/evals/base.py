@@ -90,6 +90,8 @@ class Source:
     cache: Path
     workers: int = 0
     """Helper processes that read images."""
+    more: Any = None
+    """A validation split, where it belongs to train by the protocols."""
 
 
 class Evaluation(Protocol):
@@ -208,7 +210,7 @@ def run_all(
     tasks = [t for name in wanted for t in (parse([name]) if isinstance(name, str) else [name])]
     for task in tasks:
         build(task, config, seed)
-    if sets is not None:
+    if sets is not None and any(needs_features(task, config) for task in tasks):
         check(sets)
     outcome = Outcome({}, {}, {})
     for task in tasks:

@@ -19,7 +19,8 @@ _HEALTH_ROWS = 2048
 class Evaluation:
     """Agreement of k-means (cosine, as many clusters as classes, best of 3 starts) on the train features with the
     labels: "clusters/ami" and the others of ``agreement``; and the health of the feature space as the encoder gives it:
-    "clusters/std", "clusters/effective_rank", "clusters/uniformity" (see raycon/nn/health.py)."""
+    "clusters/std", "clusters/effective_rank", "clusters/uniformity" (see raycon/nn/health.py). For a run that mines, the
+    agreement of clustering i of the snapshot in the checkpoint too: "clusters/snapshot<i>_ami" and so on."""
 
     def __init__(self, config: EvalConfig, seed: int = 0) -> None:
         self.seed = seed
@@ -33,6 +34,8 @@ class Evaluation:
         k = min(len(sets.train_label.unique()), len(unit_ND))
         found = KMeans(k, n_init=3, random_state=self.seed).fit_predict(unit_ND.numpy())
         numbers = agreement(torch.from_numpy(found).long(), sets.train_label)
+        for i, assignment_N in enumerate(sets.assignment):
+            numbers |= {f"snapshot{i}_{k}": v for k, v in agreement(assignment_N, sets.train_label).items()}
         # Evenly spaced rows: files are often sorted by class.
         sample_BD = sets.train[:: max(1, len(sets.train) // _HEALTH_ROWS)][:_HEALTH_ROWS]
         numbers["std"] = float(health.feature_std(sample_BD))

@@ -20,11 +20,11 @@ from raycon.evals.base import FeatureSets, Source
 from raycon.nn import views
 
 
-def extract(encoder: Callable[[Tensor], Tensor], blocks: Iterable[Images], rows: int) -> Tensor:
-    """(rows, D) float32 on the CPU: the encoder's features of every row, whatever the order of the blocks.
+def extract(encoder: Callable[[Tensor], Tensor], blocks: Iterable[Images], rows: int, first: int = 0) -> Tensor:
+    """(rows, D) float32 on the CPU: the encoder's features of rows first .. first + rows, whatever the blocks' order.
 
     A module runs in evaluation mode without gradients and is left in the mode it was in. The encoder gives (B, D);
-    ``blocks`` must bring each row 0 <= row < rows exactly once (``Loader.scan`` of one rank does), else ValueError.
+    ``blocks`` must bring each of the rows exactly once (``Loader.scan`` of one rank does), else ValueError.
     """
     features_ND: Tensor | None = None
     seen_N = torch.zeros(rows, dtype=torch.int64)
@@ -33,17 +33,17 @@ def extract(encoder: Callable[[Tensor], Tensor], blocks: Iterable[Images], rows:
             out_BD = encoder(block.images)
             if out_BD.ndim != 2 or len(out_BD) != len(block.row):
                 raise ValueError(f"the encoder gave {tuple(out_BD.shape)} for {len(block.row)} images: give (B, D)")
-            row_B = block.row.cpu()
+            row_B = block.row.cpu() - first
             if int(row_B.min()) < 0 or int(row_B.max()) >= rows:
-                raise ValueError(f"row {int(row_B.min())} to {int(row_B.max())} in a set of {rows} rows")
+                raise ValueError(f"row {int(row_B.min())} to {int(row_B.max())} in a set of {rows} rows from {first}")
             if features_ND is None:
                 features_ND = torch.empty(rows, out_BD.shape[1])
             features_ND[row_B] = out_BD.float().cpu()
             seen_N.index_add_(0, row_B, torch.ones_like(row_B))
     if features_ND is None or int(seen_N.min()) != 1 or int(seen_N.max()) != 1:
         wrong = (seen_N != 1).nonzero().flatten()
-        first = f", the first is row {int(wrong[0])} ({int(seen_N[wrong[0]])} times)" if len(wrong) else ""
-        raise ValueError(f"{len(wrong)} of {rows} rows did not come exactly once{first}")
+        which = f", the first is row {first + int(wrong[0])} ({int(seen_N[wrong[0]])} times)" if len(wrong) else ""
+        raise ValueError(f"{len(wrong)} of {rows} rows did not come exactly once{which}")
     # A normal tensor again: inference tensors cannot enter autograd later.
     return features_ND.clone() if features_ND.is_inference() else features_ND
 

@@ -107,7 +107,7 @@ def _unit(features_BD: Tensor) -> Tensor:
 
 def _search(searcher: engine.Engine, query_QD: Tensor, stored_SD: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(Q, count) cosines and positions. The engine's own distances lose digits near 0; the cosines are taken anew."""
-    row_QK = torch.from_numpy(searcher.search(query_QD.numpy(), stored_SD.numpy(), count))
+    row_QK = torch.from_numpy(searcher.search(query_QD.numpy(), stored_SD.numpy(), count)[1])
     part = max(1, _GATHERED // (count * stored_SD.shape[1]))
     pairs = zip(query_QD.split(part), row_QK.split(part), strict=True)
     return torch.cat([torch.bmm(stored_SD[row], q[:, :, None])[..., 0] for q, row in pairs]), row_QK

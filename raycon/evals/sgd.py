@@ -6,6 +6,7 @@ Shape letters: N train rows, M test rows, B batch, F feature width, C classes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import logging
 import math
@@ -29,35 +30,6 @@ log = logging.getLogger(__name__)
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 """Epoch -> its batches: inputs (B, ...) and labels (B,), on the device."""
-
-
-class Rows:
-    """Some rows of an ImageSet as one, its weak labels the fine ones: what a loader needs to train a classifier."""
-
-    def __init__(self, whole: Any, rows: NDArray[np.int64]) -> None:
-        self.whole, self.rows = whole, rows
-        self.label = self.weak = np.asarray(whole.label)[rows]
-        self.name, self.split, self.mean, self.std, self.image = (
-            whole.name, whole.split, whole.mean, whole.std, whole.image,
-        )  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def block(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        found: NDArray[np.uint8] = self.whole.block(self.rows[rows])
-        return found
-
-    def read(self, row: int) -> NDArray[np.uint8]:
-        found: NDArray[np.uint8] = self.whole.read(int(self.rows[row]))
-        return found
-
-    def encoded(self, row: int) -> bytes:
-        found: bytes = self.whole.encoded(int(self.rows[row]))
-        return found
-
-    def path(self, row: int) -> Any:
-        return self.whole.path(int(self.rows[row]))
 
 
 def rates(training: Training, batch: int) -> tuple[float, float]:
@@ -180,11 +152,12 @@ def on_images(
         features.check_channels(dataset, source.mean)
         if len(dataset) == 0 or dataset.label.min() < 0:
             raise ValueError(f"{dataset.name}, split {dataset.split}: a classifier needs a label >= 0 for every image")
-    rows = np.arange(len(source.train)) if rows is None else rows
+    dataset = source.train if rows is None else source.train.subset(rows)
+    labelled = dataclasses.replace(dataset, weak=dataset.label)  # what a loader hands out are weak labels
     classes = int(max(source.train.label.max(), source.test.label.max())) + 1
     encoder = copy.deepcopy(source.encoder).to(source.device)
-    batch = batch_size(training, len(rows))
-    batches, per_epoch = image_batches(source, Rows(source.train, rows), batch, training, seed)
+    batch = batch_size(training, len(labelled))
+    batches, per_epoch = image_batches(source, labelled, batch, training, seed)
     width = int(encoder.features)  # type: ignore[arg-type]
     head = fit(
         training, encoder, width, classes, batches, per_epoch, batch, epochs or training.epochs, seed, source.device

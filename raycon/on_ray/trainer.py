@@ -28,8 +28,12 @@ class RunFailed(RuntimeError):
     """The run ended without finishing; the message is the cause."""
 
 
-def connect() -> None:
-    """Join the cluster of RAY_ADDRESS (inside a job: always set), or start one on this machine, loopback only."""
+def connect(dashboard_port: int = 0) -> None:
+    """Join the cluster of RAY_ADDRESS (inside a job: always set), or start one on this machine, loopback only.
+
+    dashboard_port: when a cluster is started, with a dashboard there; Ray frees what a killed Train run held only with
+    its help (needed where runs are led by actors that may die: sweeps).
+    """
     if ray.is_initialized():
         return
     # Restarts should not wait for a minute on stale reservations, nor reports for a slow poll.
@@ -41,7 +45,10 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     quiet: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": "WARNING", "log_to_driver": False}
     if address == "local":
-        ray.init(address="local", include_dashboard=False, **quiet)
+        if dashboard_port:  # named to the processes to come: where several clusters run, Ray would not find its own
+            os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"
+            quiet["dashboard_port"] = dashboard_port
+        ray.init(address="local", include_dashboard=bool(dashboard_port), **quiet)
     else:
         ray.init(address=address, **quiet)
 
@@ -67,6 +74,7 @@ def placement_problems(config: RunConfig) -> list[str]:
 
 def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
     """Train ``config`` in ``run_dir`` to its end, with all evaluations. Raises ConfigError and RunFailed."""
+    from raycon.index.service import Saved
     from raycon.on_ray.index import start_index, stop_index
     from raycon.training.job import feature_dim
 
@@ -77,7 +85,12 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
     dim = feature_dim(config)
     spec = None
     if dim:
-        spec = start_index(run_dir.name, facts.rows, dim, config.mining, namespace=NAMESPACE, seed=config.seed)
+        saved = None
+        if config.mining.persist:
+            saved = Saved(folder=run_dir / "index", rows=facts.rows, write=True)
+        spec = start_index(
+            run_dir.name, facts.rows, dim, config.mining, namespace=NAMESPACE, seed=config.seed, saved=saved
+        )
     scaling = config.scaling
     resources = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
@@ -104,7 +117,8 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
         validation_config=ValidationConfig(
             fn=_evaluate,
             task_config=ValidationTaskConfig(fn_kwargs={"run_dir": str(run_dir), "threads": scaling.threads}),
-            ray_remote_kwargs={"num_cpus": config.evals.cpus, "num_gpus": config.evals.gpus, "max_retries": 2},
+            # It only waits for tasks of its own, which hold what evals.cpus and evals.gpus say.
+            ray_remote_kwargs={"num_cpus": 0, "num_gpus": 0, "max_retries": 2},
         ),
     )
     lost: Exception | None = None
@@ -151,10 +165,10 @@ def _worker(given: dict[str, Any]) -> None:
 
 def _evaluate(checkpoint: ray.train.Checkpoint, run_dir: str, threads: int) -> dict[str, Any]:
     """A downstream task: evaluations of one checkpoint. Whatever goes wrong stays here."""
-    from raycon.evals import on_checkpoint
+    from raycon.on_ray import evaluate
 
     try:
-        entry = on_checkpoint.evaluate(Path(run_dir), Path(checkpoint.path), threads=threads)
+        entry = evaluate.of_run(Path(run_dir), Path(checkpoint.path), threads)
     except Exception as error:
         text = f"evaluation of {checkpoint.path} failed: {type(error).__name__}: {error}"
         log.append_line(Path(run_dir) / "metrics.jsonl", {"kind": "event", "step": 0, "text": text})

@@ -1,0 +1,296 @@
+"""Evaluate an encoder on downstream tasks.
+
+python -m raycon.evaluate CHECKPOINT [TASK ...] [--dotted.option value ...]
+
+CHECKPOINT: a run directory (its newest checkpoint), one of its checkpoints/<step>, or a file of weights: raycon's
+exports, the papers' .pth.tar and .ckpt, a torchvision or timm state dict.
+TASK: an evaluation, with the published protocol after a colon and another data set than the run's after an @:
+knn, linear:pcl, finetune:1, knn@cifar10, transfer@all. Without a TASK: those of the run's configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from raycon.core.config import (
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    RunConfig,
+    evaluation_problems,
+)
+from raycon.evals.base import Outcome, Task, names, parse
+
+if TYPE_CHECKING:
+    from raycon.evals.on_checkpoint import Subject
+
+logger = logging.getLogger("raycon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line sets."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0
+    runtime: Literal["ray", "local"] = "ray"
+    """ray: each evaluation is a task of the cluster of RAY_ADDRESS, or of one started here; local: one after the other."""
+    shards: int = 1
+    """Ray tasks that share the extraction of a data set's features."""
+    workers: int = 1
+    """Ray Train workers of an evaluation that trains on several (detection)."""
+    threads: int = 1
+    """CPU threads of each task."""
+    every: bool = False
+    """All checkpoints of the run, not only the newest."""
+    controls: bool = False
+    """Also raw pixels and the encoder before training (runs only)."""
+    out: str = ""
+    """Where the numbers are added; empty: evaluations.json of the run, or FILE.evaluations.json beside a file."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns the exit status: 0 all done, 1 an evaluation failed, 2 the request was wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        place, tasks, options = read(arguments)
+        return run(place, tasks, options)
+    except ConfigError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"raycon.evaluate: {error}\n")
+        return 2
+    except (RuntimeError, OSError, ValueError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"raycon.evaluate: {type(error).__name__}: {error}\n(--debug shows where)\n")
+        return 1
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def read(arguments: list[str]) -> tuple[Path, list[Task], Options]:
+    """The checkpoint, the tasks and the options. Exits for --help; raises ConfigError with everything that is wrong."""
+    import tyro
+
+    rest = list(arguments)
+    words = []
+    while rest and not rest[0].startswith("-"):
+        words.append(rest.pop(0))
+    about = f"{__doc__}\nEvaluations: {', '.join(names())}"
+    base = Options()
+    problems = []
+    if words:
+        try:
+            base = defaults(Path(words[0]))
+        except ConfigError as error:
+            problems += error.problems
+    elif not {"-h", "--help"} & set(rest):
+        raise ConfigError(["give a CHECKPOINT: a run directory, a checkpoint folder or a file of weights"])
+    options = tyro.cli(Options, default=base, args=rest, description=about, prog="python -m raycon.evaluate")
+    tasks: list[Task] = []
+    try:
+        tasks = parse(words[1:] or options.evals.names)
+    except ConfigError as error:
+        problems += error.problems
+    problems += evaluation_problems(options.evals)
+    problems += [f"{n} = {getattr(options, n)}: give 1 or more" for n in ("shards", "workers", "threads")
+                 if getattr(options, n) < 1]  # fmt: skip
+    if not tasks and not problems:
+        problems.append(f"no evaluation asked for: give one or more of {', '.join(names())}")
+    run_dir = run_of(Path(words[0]))
+    if run_dir is None:
+        problems += [f"--{name} goes with a run directory, {words[0]} is none" for name in ("every", "controls")
+                     if getattr(options, name)]  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+    return Path(words[0]), tasks, options
+
+
+def run_of(place: Path) -> Path | None:
+    """The run directory that a path is or belongs to, None when it is a file of weights."""
+    for folder in (place, place.resolve().parent.parent):
+        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+            return folder
+    return None
+
+
+def defaults(place: Path) -> Options:
+    """The options of the run that ``place`` belongs to; else the general ones with images of 224 pixels."""
+    if not place.exists():
+        raise ConfigError([f"{place}: no such run, checkpoint or file"])
+    run_dir = run_of(place)
+    if run_dir is None:
+        if place.is_dir() and not any((place / n).is_file() for n in ("model.safetensors", "state.json")):
+            raise ConfigError([f"{place} is neither a run, nor a checkpoint, nor a folder with model.safetensors"])
+        return Options(data=DataConfig(name=""))
+    from raycon.pretrain import read_yaml
+
+    config = read_yaml(run_dir / "config.yaml")
+    return Options(data=config.data, evals=config.evals, seed=config.seed, threads=config.scaling.threads)
+
+
+# --- running ----------------------------------------------------------------------------------------------------
+
+
+def run(place: Path, tasks: list[Task], options: Options) -> int:
+    """Evaluate, keep the numbers, print the table."""
+    from raycon.evals import on_checkpoint
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    made = subjects(place, options)
+    if problems := on_checkpoint.problems(made[0], tasks):
+        raise ConfigError(problems)
+    run_tasks = on_ray(options) if options.runtime == "ray" else here(options)
+    failed = False
+    for subject in made:
+        label = subject.entry.get("control") or subject.entry["checkpoint"]
+        with progress(str(label), len(set(tasks))) as done:
+            outcome = run_tasks(subject, tasks, done)
+        on_checkpoint.keep(subject, outcome)
+        sys.stdout.write(table(str(label), outcome))
+        failed |= bool(outcome.failed)
+    sys.stdout.write(f"kept in {made[0].file}\n")
+    return int(failed)
+
+
+def subjects(place: Path, options: Options) -> list[Subject]:
+    """What is evaluated, in order. Raises ConfigError when it cannot be read."""
+    from raycon.evals import on_checkpoint
+    from raycon.training import checkpoint
+
+    run_dir = run_of(place)
+    if run_dir is None:
+        return [of_file(place, options)]
+    config = dataclasses.replace(
+        on_checkpoint.read_config(run_dir), data=options.data, evals=options.evals, seed=options.seed
+    )
+    if options.every:
+        paths = checkpoint.steps(run_dir / "checkpoints")
+    elif (place / checkpoint.STATE).is_file():
+        paths = [place]
+    else:
+        newest, refused = checkpoint.newest(run_dir / "checkpoints")
+        for text in refused:
+            logger.warning("passed over: %s", text)
+        paths = [] if newest is None else [newest]
+    if not paths:
+        raise ConfigError([f"{run_dir}: no readable checkpoint in checkpoints/"])
+    try:
+        made = [on_checkpoint.of_run(run_dir, path, config) for path in paths]
+    except checkpoint.CheckpointError as error:
+        raise ConfigError([str(error)]) from None
+    made += on_checkpoint.controls_of(made[-1], run_dir) if options.controls else []
+    out = Path(options.out) if options.out else None
+    return [dataclasses.replace(s, file=out or s.file, metrics=None if out else s.metrics) for s in made]
+
+
+def of_file(place: Path, options: Options) -> Subject:
+    """The encoder in a file of weights."""
+    from raycon.evals.on_checkpoint import Subject
+    from raycon.training.interop import FileError, load_encoder
+
+    try:
+        encoder, about = load_encoder(place)
+    except FileError as error:
+        raise ConfigError([str(error)]) from None
+    if not options.data.name:
+        raise ConfigError([f"{place} does not say which images to use: give --data.name"])
+    known: dict[str, Any] = dict(about.facts.get("preprocessing") or {})
+    gray = about.channels == 1
+    mean = tuple(known.get("mean") or ((0.5,) if gray else (0.485, 0.456, 0.406)))
+    std = tuple(known.get("std") or ((0.5,) if gray else (0.229, 0.224, 0.225)))
+    if "mean" not in known:
+        logger.warning("%s does not say how its images were normalised: taken are mean %s, std %s", place, mean, std)
+    size = int(known.get("size") or 224) if options.data.size == DataConfig().size else options.data.size
+    config = RunConfig(seed=options.seed, data=dataclasses.replace(options.data, size=size), evals=options.evals)
+    beside = place / "evaluations.json" if place.is_dir() else place.with_name(place.name + ".evaluations.json")
+    entry = {"step": int(about.facts.get("step") or 0), "epoch": int(about.facts.get("epochs") or 0)}
+    return Subject(
+        config=config, own="", encoder=encoder, mean=mean, std=std, entry=entry | {"checkpoint": place.name},
+        file=Path(options.out) if options.out else beside,
+        cache=Path(options.data.cache or Path.home() / ".cache" / "raycon"),
+    )  # fmt: skip
+
+
+Done = Callable[[Task, Outcome], None]
+RunTasks = Callable[["Subject", "list[Task]", Done], Outcome]
+
+
+def here(options: Options) -> RunTasks:
+    import torch
+
+    from raycon.evals import on_checkpoint
+    from raycon.training.runtime import choose_device
+
+    torch.set_num_threads(options.threads)
+    device = choose_device(0)
+    return lambda subject, tasks, done: on_checkpoint.run_here(subject, tasks, device, done)
+
+
+def on_ray(options: Options) -> RunTasks:
+    import importlib.util
+
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(["runtime = ray: Ray is not installed; pip install 'raycon[ray]', or give --runtime local"])
+    from raycon.on_ray import evaluate, trainer
+
+    trainer.connect()
+    if problems := evaluate.placement_problems(options.evals, options.workers):
+        raise ConfigError(problems)
+    return lambda subject, tasks, done: evaluate.run(
+        subject, tasks, options.shards, options.workers, options.threads, done
+    )
+
+
+class Bar:
+    """A bar on a terminal that moves when an evaluation has ended."""
+
+    def __init__(self, label: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = TextColumn("evaluate {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task(label, total=total)
+
+    def __enter__(self) -> Done:
+        self._progress.start()
+        return self._done
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _done(self, task: Task, outcome: Outcome) -> None:
+        self._progress.console.print(f"{task.name} {'failed' if outcome.failed else 'done'}", highlight=False)
+        self._progress.advance(self._task)
+
+
+def progress(label: str, total: int) -> AbstractContextManager[Done]:
+    return Bar(label, total) if sys.stderr.isatty() else nullcontext(lambda task, outcome: None)
+
+
+def table(label: str, outcome: Outcome) -> str:
+    """The numbers as aligned text, then what failed."""
+    shown = {k: v for k, v in outcome.results.items() if not k.endswith("/failed")}
+    width = max([len(k) for k in shown] + [1])
+    lines = [f"{label}:"] + [f"  {k:{width}}  {v:.6g}" for k, v in sorted(shown.items())]
+    lines += [f"  {name} failed: {text}" for name, text in outcome.failed.items()]
+    lines += [f"  seconds: {json.dumps({k: round(v, 1) for k, v in outcome.seconds.items()})}"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

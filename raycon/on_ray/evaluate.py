@@ -1,0 +1,218 @@
+"""Evaluations on Ray: features extracted once, kept in the object store; each evaluation a task of its own.
+
+What a task raises stays with it: it is tried again (``evals.retries``), then its evaluation is reported as failed. The
+same pieces as in raycon/evals/on_checkpoint.py, elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.exceptions
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raycon.core.config import EvalConfig
+from raycon.evals import on_checkpoint
+from raycon.evals.base import (
+    Outcome,
+    Task,
+    build,
+    failure,
+    needs_features,
+    parse,
+    run_one,
+    worth_repeating,
+)
+from raycon.evals.on_checkpoint import Group, Subject
+
+logger = logging.getLogger("raycon")
+
+Parts = dict[str, NDArray[np.float32]]
+Done = Callable[[Task, Outcome], None]
+
+
+def run(
+    subject: Subject,
+    tasks: Iterable[Task],
+    shards: int = 1,
+    workers: int = 1,
+    threads: int = 1,
+    done: Done | None = None,
+) -> Outcome:
+    """Run the tasks on the cluster this process is connected to, as many at a time as ``evals.cpus`` and ``evals.gpus``
+    allow. A number does not depend on where it was made.
+
+    shards: extraction tasks per data set. workers: Ray Train workers of an evaluation that trains on several
+    (detection). threads: CPU threads of each task. done: called here when a task has ended.
+    """
+    evals, outcome = subject.config.evals, Outcome({}, {}, {})
+    shared = ray.put(subject)
+    waiting: dict[ray.ObjectRef, Task] = {}
+    alone: list[tuple[Group, list[Task], Task]] = []
+    for group, members in on_checkpoint.plan(subject, tasks).items():
+        features: list[ray.ObjectRef] = []
+        if any(needs_features(task, evals) for task in members):
+            extraction = _extract.options(**_resources(evals, gpu=True))
+            features = [extraction.remote(shared, group, members, r, shards, threads) for r in range(shards)]
+        for task in members:
+            if workers > 1 and getattr(build(task, evals), "distributed", False):
+                alone.append((group, members, task))
+                continue
+            own = features if needs_features(task, evals) else []
+            remote = _evaluate.options(**_resources(evals, gpu=not own), name=f"evaluate {task.name}")
+            waiting[remote.remote(shared, group, members, task, threads, *own)] = task
+
+    def ended(task: Task, found: Outcome) -> None:
+        outcome.add(found)
+        if done is not None:
+            done(task, found)
+
+    while waiting:
+        (ref,), _ = ray.wait(list(waiting), num_returns=1)
+        task = waiting.pop(ref)
+        try:
+            ended(task, ray.get(ref))
+        except ray.exceptions.RayError as error:
+            ended(task, failure(task, _cause(error)))
+    for group, members, task in alone:
+        try:
+            ended(task, _train(subject, group, members, task, workers, threads))
+        except Exception as error:
+            ended(task, failure(task, error))
+    return outcome
+
+
+def placement_problems(evals: EvalConfig, workers: int = 1) -> list[str]:
+    """Why the cluster can never place a task: what is asked for and what its largest node has."""
+    found = []
+    for option, what in (("cpus", "CPU"), ("gpus", "GPU")):
+        asked = getattr(evals, option)
+        most = max((n["Resources"].get(what, 0.0) for n in ray.nodes() if n["Alive"]), default=0.0)
+        if asked > most:
+            found.append(f"evals.{option} = {asked:g} can never be placed: no node has more than {most:g} {what}")
+    if found or workers == 1:
+        return found
+    total = ray.cluster_resources()
+    for option, what, least in (("cpus", "CPU", 1.0), ("gpus", "GPU", 0.0)):
+        asked = max(getattr(evals, option), least) * workers
+        if asked > total.get(what, 0.0):
+            found.append(
+                f"workers = {workers} need {asked:g} {what}, the cluster has {total.get(what, 0.0):g}: give less"
+            )
+    return found
+
+
+def of_run(run_dir: Path, checkpoint: Path, threads: int) -> dict[str, Any]:
+    """Evaluate a checkpoint of a run as its configuration says, and keep the numbers. Called in a task."""
+    subject = on_checkpoint.of_run(run_dir, checkpoint)
+    outcome = run(subject, parse(subject.config.evals.names), threads=threads)
+    return on_checkpoint.keep(subject, outcome)
+
+
+def _resources(evals: EvalConfig, gpu: bool) -> dict[str, Any]:
+    """CPUs for all; GPUs for those that run the network."""
+    return {
+        "num_cpus": evals.cpus,
+        "num_gpus": evals.gpus if gpu else 0,
+        "max_retries": evals.retries,
+        "retry_exceptions": True,
+    }
+
+
+def _cause(error: Exception) -> BaseException:
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def _device(evals: EvalConfig) -> torch.device:
+    return torch.device("cuda") if evals.gpus > 0 and torch.cuda.is_available() else torch.device("cpu")
+
+
+@ray.remote
+def _extract(subject: Subject, group: Group, members: list[Task], rank: int, world: int, threads: int) -> Parts:
+    """The features of this rank's rows of every split."""
+    torch.set_num_threads(threads)
+    device = _device(subject.config.evals)
+    subject.encoder.to(device)
+    source = on_checkpoint.open_source(subject, group[0], members, device)
+    return {part: x.numpy() for part, x in on_checkpoint.extract(source, group[1], rank, world).items()}
+
+
+@ray.remote
+def _evaluate(subject: Subject, group: Group, members: list[Task], task: Task, threads: int, *shards: Parts) -> Outcome:
+    """One evaluation. What would fail again is reported at once, the rest raised: Ray tries again."""
+    torch.set_num_threads(threads)
+    start, config = time.perf_counter(), subject.config
+    try:
+        device = torch.device("cpu") if shards else _device(config.evals)
+        source = on_checkpoint.open_source(subject, group[0], members, device)
+        sets = on_checkpoint.sets_of(subject, source, group[0], _joined(shards)) if shards else None
+        outcome = Outcome(run_one(task, config.evals, config.seed, sets, source), {}, {})
+    except Exception as error:
+        if worth_repeating(error):
+            raise
+        outcome = failure(task, error)
+    outcome.seconds[task.name] = time.perf_counter() - start
+    return outcome
+
+
+def _joined(shards: tuple[Parts, ...]) -> dict[str, Tensor]:
+    """The shards' rows one after the other; a single one is used where it lies, in shared memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # shared memory is read-only, and nothing writes to features
+        return {
+            part: torch.from_numpy(np.concatenate([s[part] for s in shards]) if len(shards) > 1 else shards[0][part])
+            for part in shards[0]
+        }
+
+
+# --- an evaluation on several workers ---------------------------------------------------------------------------
+
+
+def _train(subject: Subject, group: Group, members: list[Task], task: Task, workers: int, threads: int) -> Outcome:
+    """An evaluation that trains with DDP, as a Ray Train job."""
+    import ray.train
+    import ray.train.torch
+
+    start, evals = time.perf_counter(), subject.config.evals
+    given = {"subject": ray.put(subject), "group": group, "members": members, "task": task, "threads": threads}
+    resources = {"CPU": max(evals.cpus, 1.0)} | ({"GPU": evals.gpus} if evals.gpus else {})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config=given,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers, use_gpu=evals.gpus > 0, resources_per_worker=resources
+            ),
+            torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if evals.gpus else "gloo"),
+            run_config=ray.train.RunConfig(
+                name="evaluate",
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=evals.retries),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            ),
+        )
+        result = trainer.fit()
+    numbers = {k: float(v) for k, v in (result.metrics or {}).items() if k.startswith(f"{task.name}/")}
+    return Outcome(numbers, {}, {task.name: time.perf_counter() - start})
+
+
+def _worker(given: dict[str, Any]) -> None:
+    import ray.train.torch
+
+    torch.set_num_threads(given["threads"])
+    subject, (name, _), task = ray.get(given["subject"]), given["group"], given["task"]
+    source = on_checkpoint.open_source(subject, name, given["members"], ray.train.torch.get_device())
+    numbers = run_one(task, subject.config.evals, subject.config.seed, None, source)
+    ray.train.report(numbers)
