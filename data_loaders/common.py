@@ -70,6 +70,7 @@ class StreamLoader(ABC):
         self.rows = len(dataset)
         self.steps = self.rows // plan.batch
         self.local = plan.batch // plan.world
+        self.stopwatch: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
     def train(self, epoch: int, first_step: int = 0, snapshot: Snapshot | None = None) -> Iterator[Batch]:
         """See core/types.py. Raises ValueError naming an image that cannot be read."""
@@ -77,11 +78,12 @@ class StreamLoader(ABC):
         rows = self._train_rows(epoch, first_step, snapshot)
         source_MI = sources(plan, rows, epoch, None if snapshot is None else snapshot.neighbours)
         for block in self._blocks(source_MI, self.local, epoch):
-            image = torch.from_numpy(block.image).to(plan.device)
-            if self.dataset.image is not None:
-                made = self._views(image.permute(0, 1, 4, 2, 3), block.row, epoch)
-            else:
-                made = self._finish(image, block.row, epoch)
+            with self.stopwatch:
+                image = torch.from_numpy(block.image).to(plan.device)
+                if self.dataset.image is not None:
+                    made = self._views(image.permute(0, 1, 4, 2, 3), block.row, epoch)
+                else:
+                    made = self._finish(image, block.row, epoch)
             yield Batch(
                 made, torch.from_numpy(block.row).to(plan.device), torch.from_numpy(block.label).to(plan.device)
             )

@@ -7,6 +7,7 @@ A position in the data set is a *row* (0 <= row < N); "index" always means the f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -135,6 +136,8 @@ class Loader(Protocol):
     """N."""
     steps: int
     """Batches per epoch on this rank (drop-last)."""
+    stopwatch: AbstractContextManager[object]
+    """Entered while the loading process itself makes the views of a batch; the loop puts its clock here."""
 
     def train(self, epoch: int, first_step: int = 0, snapshot: Snapshot | None = None) -> Iterator[Batch]:
         """The batches of an epoch from ``first_step`` on: a pure function of (seed, epoch, rank, world, snapshot).

@@ -35,6 +35,14 @@ _CAPTIONS = {"views": "Augmented views actually seen: the views of one sample si
 _CLUSTERING = re.compile(r"(?:clusters|index)/(\d+)/(.+)")
 _HIGHER_IS_BETTER = re.compile(r"top\d|/(ami|nmi|ari|purity)$|recall_at|/m?ap$")
 _NOT_CURVES = {"step", "steps", "epoch", "epochs", "time", "eta_s", "images_per_s", "loss", "lr"}
+_PARTS = {
+    "time/data": "waiting for data",
+    "time/augment": "augment",
+    "time/forward": "forward",
+    "time/loss": "loss",
+    "time/backward": "backward",
+    "time/communication": "communication",
+}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -538,32 +546,67 @@ def _speed(run: Run) -> str:
         if (speed := points(run.train, "images_per_s"))
         else ""
     ]
-    parts = [n for n in scalar_names(run.train) if n.startswith("time/") and n != "time/step"]
+    named = [n for n in scalar_names(run.train) if n.startswith("time/") and n not in ("time/step", "time/mining")]
+    parts = sorted(named, key=lambda n: list(_PARTS).index(n) if n in _PARTS else len(_PARTS))
     timed = [line for line in run.train if all(is_number(line.get(n)) for n in ("time/step", *parts))]
     advice = ""
     if timed:
-        series = [
-            Series("waiting for data" if n == "time/data" else n.removeprefix("time/"), points(timed, n, 1000.0))
-            for n in parts
-        ]
+        series = [Series(_PARTS.get(n, n.removeprefix("time/")), points(timed, n, 1000.0)) for n in parts]
         rest = [(_at(line), 1000.0 * max(0.0, line["time/step"] - sum(line[n] for n in parts))) for line in timed]
         series.append(Series("the rest of the step" if parts else "step", rest))
+        if any(is_number(line.get("time/mining")) for line in timed):
+            mining = [(_at(line), 1000.0 * line.get("time/mining", 0.0)) for line in timed]
+            series.append(Series("mining, per step", mining))
         charts.append(stacked_chart("time of a step", series, "step", "ms"))
         if "time/data" in parts:
-            share = statistics.median(line["time/data"] / line["time/step"] for line in timed if line["time/step"] > 0)
-            advice = _advice(share)
+            advice = _advice(_shares(timed, parts))
     return advice + grid(charts, "No timing yet.")
 
 
-def _advice(waiting: float) -> str:
-    """A plain sentence on the share of a step spent waiting for data, 0 to 1."""
-    if waiting > 0.25:
-        text = (
-            f"You are data bound: {waiting:.0%} of a step is waiting for images. Give data.workers, use "
+def _shares(timed: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> dict[str, float]:
+    """The share of each part in a step, 0 to 1 (median of the lines), and of mining in the whole time (mean)."""
+    steps = [line for line in timed if line["time/step"] > 0]
+    if not steps:
+        return {}
+    shares = {n.removeprefix("time/"): statistics.median(line[n] / line["time/step"] for line in steps) for n in parts}
+    mining = sum(line.get("time/mining", 0.0) for line in steps)
+    shares["mining"] = mining / (mining + sum(line["time/step"] for line in steps))
+    return shares
+
+
+def _advice(shares: Mapping[str, float]) -> str:
+    """Plain sentences on where the time goes and what to do about it."""
+
+    def share(part: str) -> float:
+        return shares.get(part, 0.0)
+
+    found = []
+    if share("data") > 0.25:
+        found.append(
+            f"You are data bound: {share('data'):.0%} of a step is waiting for images. Give data.workers, use "
             "--data.loader ffcv, or fewer and larger steps."
         )
-        return f'<p class="box note warn">{text}</p>'
-    return f'<p class="box note">{waiting:.0%} of a step is waiting for images: the network, not the data, sets the pace.</p>'
+    if share("augment") > 0.3:
+        found.append(
+            f"{share('augment'):.0%} of a step makes augmented views in the training process: give data.workers or "
+            "--data.loader ffcv, or a GPU."
+        )
+    if share("communication") > 0.2:
+        found.append(
+            f"You are network bound: {share('communication'):.0%} of a step waits for gradients of other ranks. Larger "
+            "batches per rank, train.accumulate, or a faster network between the machines."
+        )
+    if share("mining") > 0.3:
+        found.append(
+            f"Mining takes {share('mining'):.0%} of the time: a larger method.refresh-epochs, mining.init warm, or more "
+            "mining.shards."
+        )
+    if found:
+        return "".join(f'<p class="box note warn">{escape(text)}</p>' for text in found)
+    text = f"{share('data'):.0%} of a step is waiting for images: the network, not the data, sets the pace"
+    if "forward" in shares:
+        text += f" ({share('forward') + share('backward'):.0%} forward and backward, {share('loss'):.0%} loss)"
+    return f'<p class="box note">{escape(text)}.</p>'
 
 
 def _pictures(run: Run) -> str:

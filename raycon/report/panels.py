@@ -70,7 +70,9 @@ class Sheet:
             sheet[top : top + side, left : left + side] = self.tiles[t]
         image = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
         found = []
-        for kind, options in (("png", {"optimize": True}), *(("jpeg", {"quality": q}) for q in (85, 70, 50, 30))):
+        forms: list[tuple[str, dict[str, Any]]] = [("png", {"optimize": True})]
+        forms += [("jpeg", {"quality": quality}) for quality in (85, 70, 50, 30)]
+        for kind, options in forms:
             out = io.BytesIO()
             image.save(out, kind, **options)
             found.append((out.getvalue(), kind))

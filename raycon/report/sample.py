@@ -9,7 +9,6 @@ Shape letters: N rows of the data set, B sampled rows, T tiles (pictures), D fea
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -143,7 +142,7 @@ def save(panels: Panels, file: Path) -> Path:
     """Write ``panels.npz`` in one move: arrays, and ``about`` as JSON text."""
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.npz")
     try:
-        np.savez_compressed(temporary, about=np.array(json.dumps(panels.about)), **panels.arrays)
+        np.savez_compressed(temporary, about=np.array(json.dumps(panels.about)), **panels.arrays)  # type: ignore[arg-type]
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -175,14 +174,6 @@ def _numbered(label: NDArray[np.int64]) -> list[str]:
     return [str(i) for i in range(int(label.max(initial=-1)) + 1)]
 
 
-def _subset(dataset: Any, rows: NDArray[np.int64]) -> Any:
-    """The data set of these rows alone, in this order."""
-    cut = {"label": dataset.label[rows], "weak": dataset.weak[rows]}
-    if dataset.image is not None:
-        return dataclasses.replace(dataset, images=dataset.block(rows), **cut)
-    return dataclasses.replace(dataset, files=dataset.files[rows], **cut)
-
-
 def _images(config: RunConfig, run_dir: Path, dataset: Any, rows: NDArray[np.int64], device: torch.device) -> Any:
     """Blocks of the rows in the evaluation view (``Images`` whose row counts from 0)."""
     from raycon.nn import views
@@ -198,7 +189,7 @@ def _images(config: RunConfig, run_dir: Path, dataset: Any, rows: NDArray[np.int
         cache=Path(config.data.cache or run_dir.parent / ".cache"),
     )
     loaders = importlib.import_module("raycon.data_loaders")
-    return loaders.open_loader("torch", _subset(dataset, rows), plan).scan()
+    return loaders.open_loader("torch", dataset.subset(rows), plan).scan()
 
 
 @torch.inference_mode()

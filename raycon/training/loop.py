@@ -79,12 +79,16 @@ def train(
         beyond = (loader.train(epoch) for epoch in itertools.count(config.train.epochs))
         method.before_training(itertools.chain.from_iterable(beyond), stream.key(config.seed, 0xF111) >> 1)
     guard = FiniteGuard(optimizer, device)
-    meter = Meter(config.train.batch)
+    meter = Meter(config.train.batch, method, device, net)
+    loader.stopwatch = meter.augment
 
     stopping = False
     while step < steps and not stopping:
         epoch = step // per_epoch
-        snapshot = mining.before_epoch(epoch, step)
+        if method.needs.snapshot and epoch >= method.needs.from_epoch:
+            metrics.write("state", step, epoch=epoch, mining=epoch)
+        with meter.mining:
+            snapshot = mining.before_epoch(epoch, step)
         mined_on_device = None if snapshot is None else snapshot.to(device)
         used = () if snapshot is None else tuple(int(a.max()) + 1 for a in snapshot.assignment)
         batches = loader.train(epoch, first_step=step % per_epoch, snapshot=snapshot)
@@ -94,7 +98,8 @@ def train(
             optim.set_lr(optimizer, lr := optim.lr_at(config.train, step, per_epoch))
             torch.manual_seed(stream.key(config.seed, step, runtime.rank) >> 1)  # dropout and the like
             mined = Mined(mined_on_device, used, stream.key(config.seed, step, 0x57E9) >> 1, epoch, step, steps)
-            output = forward_backward(net, batch, mined, config.train.accumulate)
+            with meter.compute:
+                output = forward_backward(net, batch, mined, config.train.accumulate)
             norm = gradient_norm(method, config.train.clip)
             guard.check(output.loss, norm, step, batch)
             optimizer.step()
@@ -125,6 +130,8 @@ def train(
                     saved = checkpoint.save(run_dir / "checkpoints", method, optimizer, snapshot, state, mining.coming)
                     checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep, lambda s: evaluated(run_dir, s))
                 runtime.report({"step": step, "epoch": epoch, "loss": float(output.loss.detach())}, saved, evaluate)
+                if evaluate:
+                    metrics.write("state", step, epoch=epoch, evaluating=step)
                 meter.pause()
             if stopping:
                 break
@@ -301,6 +308,8 @@ def log_step(
             numbers["health/effective_rank"] = float(health.effective_rank(embedding))
     if snapshot is not None:
         numbers["mining/version"] = snapshot.version
+    if output.loss.is_cuda:
+        numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(output.loss.device) / 1e9
     numbers |= meter.read(steps - step)
     metrics.write("train", step, epoch=epoch, epochs=config.train.epochs, steps=steps, **numbers)
 

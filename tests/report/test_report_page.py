@@ -256,3 +256,25 @@ def test_names_of_runs_tell_them_apart() -> None:
     assert comparison.labels([Path("/a/x/r"), Path("/a/y/r")]) == ["x/r", "y/r"]
     assert comparison.labels([Path("/a/p"), Path("/a/q")]) == ["p", "q"]
     assert comparison.labels([Path("/a/p"), Path("/a/p")]) == ["p", "p (2)"]
+
+
+def test_advice_names_what_costs() -> None:
+    def line(**parts: float) -> dict[str, float]:
+        return {"time/step": 1.0, **{f"time/{k}": v for k, v in parts.items()}}
+
+    names = ["time/data", "time/augment", "time/forward", "time/backward", "time/communication"]
+    base = dict.fromkeys((n.removeprefix("time/") for n in names), 0.1)
+    quiet = page._advice(page._shares([line(**base)], names))
+    assert "10% of a step is waiting" in quiet
+    assert "(20% forward and backward, 0% loss)" in quiet
+    for part, words in (
+        ("data", "data bound: 60%"),
+        ("augment", "60% of a step makes augmented views"),
+        ("communication", "network bound: 60%"),
+    ):
+        said = page._advice(page._shares([line(**{**base, part: 0.6})] * 3, names))
+        assert words in said
+        assert "warn" in said
+    mined = page._shares([line(**base), line(**base, mining=2.0)], names)
+    assert mined["mining"] == pytest.approx(2 / 4)
+    assert "Mining takes 50% of the time" in page._advice(mined)
