@@ -295,6 +295,8 @@ def start_index(
     try:
         ray.get([actor.ping.remote() for actor in actors], timeout=start_timeout_s)
     except GetTimeoutError:
+        if not exists:
+            stop_index(spec)  # else they would wait on for their place
         raise RuntimeError(
             f"the {len(shards)} index actors of {run_name!r} did not start within {start_timeout_s:g} s; each asks for "
             f"{memory / _MB:.0f} MB and mining.cpus = {mining.cpus:g}, free are {ray.available_resources()}"
