@@ -3,6 +3,8 @@
 python -m raycon.pretrain RECIPE [--dotted.option value ...]
 python -m raycon.pretrain --config FILE [--dotted.option value ...]
 python -m raycon.pretrain --resume RUN_DIR
+
+--quiet: only warnings and the result; --json-log: metrics as lines of JSON; --debug: where an error came from.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 finished, 1 the run failed, 2 the request was wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    short = {"--quiet": "--log.quiet", "--json-log": "--log.json"}
+    arguments = [short.get(a, a) for a in arguments if a != "--debug"]
     try:
         config, resume = parse(arguments)
         return run(config, resume, ["python", "-m", "raycon.pretrain", *arguments])
@@ -56,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"raycon.pretrain: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except KeyboardInterrupt:
+        print("raycon.pretrain: stopped at once; the last checkpoint is whole", file=sys.stderr)  # noqa: T201
+        return 130
     except (RuntimeError, FloatingPointError, OSError, ValueError) as error:
         if debug:
             raise
@@ -131,6 +137,7 @@ def read_yaml(file: Path) -> RunConfig:
 
 def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
     """Check everything, train, evaluate, report."""
+    from raycon import report
     from raycon.core import dist
     from raycon.training import job
     from raycon.training.runtime import STOP_FILE, join_torchrun
@@ -168,7 +175,8 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
         if dist.rank() != 0:
             run_local(config, run_dir)
             return 0
-        with log.Follower(run_dir / "metrics.jsonl", log.display(config.log.quiet)):
+        shown = log.Displays(log.display(config.log.quiet, config.log.json), report.Live(run_dir))
+        with log.Follower(run_dir / "metrics.jsonl", shown):
             if config.runtime == "ray":
                 beside_signals(lambda: trainer.fit(config, run_dir, facts))
             else:
@@ -202,7 +210,11 @@ def finish(config: RunConfig, run_dir: Path, seconds: float) -> int:
     from raycon.evals import on_checkpoint
     from raycon.training.runtime import STOP_FILE
 
-    page = report.write(run_dir)
+    page = report.write(run_dir, gather=config.log.report == "full")
+    try:
+        log.publish(config, run_dir)
+    except Exception as error:  # the run is over and whole; what a tracker could not take lies in the run directory
+        logger.warning("wandb or TensorBoard: %s: %s", type(error).__name__, error)
     stopped = (run_dir / STOP_FILE).exists()
     entry = on_checkpoint.last_entry(run_dir)
     lines = []
@@ -214,7 +226,7 @@ def finish(config: RunConfig, run_dir: Path, seconds: float) -> int:
     if stopped:
         lines.append(f"go on with:      python -m raycon.pretrain --resume {run_dir}")
     lines.append(f"see the report:  python -m webbrowser {page.as_uri()}")
-    print("\n".join(lines), flush=True)  # noqa: T201
+    print("\n".join(lines), file=sys.stderr if config.log.json else sys.stdout, flush=True)
     return 0
 
 
@@ -311,7 +323,7 @@ def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world:
             views.view_spec(config.data.views, name, config.data.size, (0.5,), (0.5,))
         except ConfigError as error:
             found += [p for p in error.problems if p not in found]
-    found += loader_problems(config)
+    found += loader_problems(config) + log.tracker_problems(config)
     weights = config.model.weights
     if weights and not weights.startswith("torchvision:") and not Path(weights).is_file():
         found.append(f"model.weights = {weights!r}: no such file")

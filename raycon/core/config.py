@@ -234,13 +234,20 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     wandb: Literal["online", "offline", "disabled"] = "disabled"
+    """online: offline where its server cannot be reached."""
     project: str = "raycon"
     """wandb project."""
     group: str = ""
     """wandb group; a sweep puts its trials into one."""
+    tensorboard: bool = False
+    """Also write TensorBoard files, in the run directory."""
     every_steps: int = 10
     quiet: bool = False
-    """Only warnings and the result on the terminal."""
+    """Only warnings and the result on the terminal; short: --quiet."""
+    json: bool = False
+    """Every record of metrics.jsonl as a line of JSON on standard output; short: --json-log."""
+    report: Literal["full", "light"] = "full"
+    """full: at the end of the run the report gets map, clusters and neighbours, from a sample of the images."""
 
 
 @dataclass(frozen=True, kw_only=True)

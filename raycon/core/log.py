@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,53 +22,172 @@ logger = logging.getLogger("raycon")
 
 
 class Tracker(Protocol):
+    """Where numbers and pictures of a run also go."""
+
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
 
     def picture(self, step: int, name: str, file: Path) -> None: ...
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
+
     def close(self) -> None: ...
 
 
-class NoTracker:
-    """wandb switched off."""
+class Trackers:
+    """Several trackers as one; none: nothing is tracked."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = trackers
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        pass
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def picture(self, step: int, name: str, file: Path) -> None:
-        pass
+        for tracker in self._trackers:
+            tracker.picture(step, name, file)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        for tracker in self._trackers:
+            tracker.table(name, columns, rows)
 
     def close(self) -> None:
-        pass
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class NoTracker(Trackers):
+    """Nothing is tracked."""
 
 
 class Wandb:
-    """One wandb run per run directory: a resumed run goes on in it. Offline mode needs no network."""
+    """One wandb run per run directory: a resumed run goes on in it. Offline mode needs no network.
+
+    ``log.wandb = online`` without a way to wandb's server works offline instead, with a warning: ``wandb sync`` sends
+    it later.
+    """
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         import wandb
 
+        mode = config.log.wandb
+        if mode == "online" and not reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+            mode = "offline"
+            logger.warning(
+                "wandb cannot be reached: logging offline; later: wandb sync %s/wandb/offline-run-*", run_dir
+            )
         self._wandb = wandb
         self._run = wandb.init(
             project=config.log.project,
+            group=config.log.group or config.recipe or None,
+            job_type=config.method.name,
             name=run_dir.name,
-            group=config.log.group or None,
             id=run_dir.name[-64:].replace("/", "-"),
             resume="allow",
             dir=str(run_dir),
-            mode=config.log.wandb,
+            mode=mode,
             config=flatten(to_dict(config)),
             settings=wandb.Settings(silent=True),
         )
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log({k: v for k, v in values.items() if isinstance(v, (int, float))} | {"step": step})
+        self._run.log(numbers(values) | {"step": step})
 
     def picture(self, step: int, name: str, file: Path) -> None:
         self._run.log({name: self._wandb.Image(str(file)), "step": step})
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
     def close(self) -> None:
         self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard files in ``RUN_DIR/tensorboard``, written by torch's SummaryWriter or by tensorboardX."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            from tensorboardX import SummaryWriter
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        lines = "\n".join(f"    {name}: {value}" for name, value in flatten(to_dict(config)).items())
+        self._writer.add_text("config", lines, 0)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in numbers(values).items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, file: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(file) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        self._writer.add_text(name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), 0)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_tracker(config: RunConfig, run_dir: Path) -> Tracker:
+    """What the options log.wandb and log.tensorboard ask for."""
+    found: list[Tracker] = []
+    if config.log.wandb != "disabled":
+        found.append(Wandb(config, run_dir))
+    if config.log.tensorboard:
+        found.append(TensorBoard(config, run_dir))
+    return Trackers(*found)
+
+
+def tracker_problems(config: RunConfig) -> list[str]:
+    """Trackers that are asked for and not installed."""
+    import importlib.util
+
+    found = []
+    if config.log.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
+        found.append(f"log.wandb = {config.log.wandb!r}: wandb is not installed; pip install 'raycon[wandb]'")
+    if config.log.tensorboard and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
+        found.append("log.tensorboard: tensorboard is not installed; pip install 'raycon[tensorboard]'")
+    return found
+
+
+def publish(config: RunConfig, run_dir: Path) -> None:
+    """Give the trackers what came after training, or from other processes: evaluations, a table of them, pictures."""
+    tracker = open_tracker(config, run_dir)
+    found = [r for r in read_lines(run_dir / "metrics.jsonl") if r.get("kind") == "evaluation"]
+    for record in found:
+        if "control" not in record:
+            tracker.log(record["step"], {k: v for k, v in record.items() if "/" in k})
+    if found:
+        names = list(dict.fromkeys(k for r in found for k in numbers(r) if "/" in k))
+        rows = [[r["step"], r.get("control", "checkpoint"), *(r.get(n, "") for n in names)] for r in found]
+        tracker.table("evaluations", ["step", "of", *names], rows)
+    for file in sorted((run_dir / "pictures").glob("*.png")):
+        tracker.picture(0, file.stem, file)
+    tracker.close()
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars among the values."""
+    return {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def reachable(address: str, seconds: float = 3.0) -> bool:
+    """Does something answer at an http(s) address?"""
+    import socket
+    from urllib.parse import urlsplit
+
+    place = urlsplit(address)
+    try:
+        with socket.create_connection((place.hostname or "", place.port or 443), timeout=seconds):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 class Metrics:
@@ -81,7 +200,8 @@ class Metrics:
     def write(self, kind: str, step: int, **values: Any) -> None:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         append_line(self._file, line)
-        self._tracker.log(step, values)
+        if kind != "state":  # what is going on just now: for a display, not for curves
+            self._tracker.log(step, values)
 
     def picture(self, step: int, file: Path) -> None:
         self._tracker.picture(step, file.stem, file)
@@ -203,48 +323,103 @@ class PlainDisplay:
             if now - self._last < self._every_s and record["step"] < record["steps"]:
                 return
             self._last = now
-        if record["kind"] != "start":
+        if record["kind"] not in ("start", "state"):
             logger.info(summary(record))
 
     def close(self) -> None:
         pass
 
 
-class RichDisplay:
-    """A progress bar with the latest numbers beneath; events scroll above it."""
+class JsonDisplay:
+    """Every record as one line of JSON on standard output, for programs that follow a run."""
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        pass
+
+
+class Status:
+    """What the lines beneath the bar say; a pure function of the records shown so far."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        self.training = self.mining = self.evaluation = ""
+        self._evaluating: int | None = None
 
+    def show(self, record: Mapping[str, Any]) -> None:
+        kind = record["kind"]
+        if kind == "train":
+            said = [f"loss {record['loss']:.4g}", f"lr {record['lr']:.3g}", f"{record['images_per_s']:,.0f} images/s"]
+            for name, word in (("health/effective_rank", "effective rank"), ("health/std", "spread")):
+                if name in record:
+                    said.append(f"{word} {record[name]:.3g}")
+            if record.get("time/step", 0) > 0 and "time/data" in record:
+                said.append(f"waiting for data {record['time/data'] / record['time/step']:.0%}")
+            if "gpu_memory_gb" in record:
+                said.append(f"GPU {record['gpu_memory_gb']:.1f} GB")
+            self.training = "  ".join(said)
+            if self.mining.endswith("..."):
+                self.mining = ""
+        elif kind == "state" and "mining" in record:
+            self.mining = f"mining for epoch {record['mining'] + 1} ..."
+        elif kind == "state" and "evaluating" in record:
+            self._evaluating = record["evaluating"]
+            self.evaluation = f"evaluating step {self._evaluating} ..."
+        elif kind == "snapshot":
+            used = [f"{v:.0f}" for k, v in sorted(record.items()) if k.endswith("/used")]
+            clusters = f", clusters in use {', '.join(used)}" if used else ""
+            self.mining = f"mined snapshot {record['version']} in {record['seconds']:.1f} s{clusters}"
+        elif kind == "evaluation" and "control" not in record:
+            top = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if "/top1" in k or "/recall_at_1" in k)
+            self.evaluation = f"evaluated step {record['step']}: {top}"
+
+    def lines(self) -> list[str]:
+        return [line for line in (self.training, self.mining, self.evaluation) if line]
+
+
+class RichDisplay:
+    """A progress bar with the time left, and beneath it the latest numbers, mining and evaluation; events scroll above."""
+
+    def __init__(self) -> None:
+        from rich.console import Group
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.text import Text
+
+        self._group, self._text = Group, Text
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            transient=False,
+            TextColumn("{task.fields[left]}"),
         )
-        self._task = self._progress.add_task("starting", total=1, numbers="")
-        self._progress.start()
+        self._task = self._progress.add_task("starting", total=1, left="")
+        self._status = Status()
+        self._live = Live(self._progress, refresh_per_second=4)
+        self._live.start()
 
     def show(self, record: Mapping[str, Any]) -> None:
+        self._status.show(record)
         if record["kind"] == "start":
             self._progress.update(self._task, total=record["steps"], completed=record["step"], description="pretrain")
         elif record["kind"] == "train":
-            numbers = f"loss {record['loss']:.3f}  {record['images_per_s']:,.0f} images/s"
+            left = record.get("eta_s")
             self._progress.update(
                 self._task,
                 completed=record["step"],
                 description=f"epoch {record['epoch'] + 1}/{record['epochs']}",
-                numbers=numbers,
+                left="" if left is None else f"{_duration(left)} left",
             )
-        else:
-            self._progress.console.print(summary(record), highlight=False)
+        elif record["kind"] in ("event", "evaluation"):
+            self._live.console.print(summary(record), highlight=False)
+        lines = [self._text("  " + line, overflow="ellipsis", no_wrap=True) for line in self._status.lines()]
+        self._live.update(self._group(self._progress, *lines))
 
     def close(self) -> None:
-        self._progress.stop()
+        self._live.stop()
 
 
 class Quiet:
@@ -255,8 +430,25 @@ class Quiet:
         pass
 
 
-def display(quiet: bool) -> Display:
-    """A live display on a terminal, plain lines otherwise."""
+class Displays:
+    """Several displays as one."""
+
+    def __init__(self, *displays: Display) -> None:
+        self._displays = displays
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        for shown in self._displays:
+            shown.show(record)
+
+    def close(self) -> None:
+        for shown in self._displays:
+            shown.close()
+
+
+def display(quiet: bool, as_json: bool = False) -> Display:
+    """JSON lines when asked for; else nothing when quiet, a live display on a terminal, plain lines otherwise."""
+    if as_json:
+        return JsonDisplay()
     if quiet:
         return Quiet()
     return RichDisplay() if sys.stderr.isatty() and sys.stdout.isatty() else PlainDisplay()

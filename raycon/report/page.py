@@ -22,9 +22,9 @@ from typing import Any
 import raycon
 from raycon.core.config import flatten
 from raycon.core.log import read_lines
-from raycon.report import panels
+from raycon.report import panel_file, panels
 from raycon.report.charts import Point, Series, histogram, line_chart, number, stacked_chart
-from raycon.report.sample import Panels
+from raycon.report.panel_file import Panels
 from raycon.report.template import SCRIPT, STYLE
 
 logger = logging.getLogger("raycon")
@@ -86,21 +86,21 @@ def write_page(file: Path, text: str) -> Path:
 
 
 def _panels(run: Run, gather: bool, rows: int) -> Panels | None:
-    from raycon.report import sample
-
-    file = run.folder / sample.FILE
+    file = run.folder / panel_file.FILE
     found = None
     if file.exists():
         try:
-            found = sample.load(file)
+            found = panel_file.load(file)
         except ValueError as error:
             run.notes.append(str(error))
     steps = [int(p.name) for p in (run.folder / "checkpoints").glob("[0-9]*") if p.name.isdecimal()]
     if not gather or not steps or (found is not None and found.about["step"] == max(steps) and not rows):
         return found
     try:
+        from raycon.report import sample  # torch
+
         found = sample.gather(run.folder, rows)
-        sample.save(found, file)
+        panel_file.save(found, file)
     except Exception as error:  # whatever it is, the rest of the report is worth having
         logger.debug("pictures of the report", exc_info=True)
         run.notes.append(f"The pictures of what was learned could not be made: {type(error).__name__}: {error}")

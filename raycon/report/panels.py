@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raycon.report.charts import number
-from raycon.report.sample import Panels
+from raycon.report.panel_file import Panels
 
 ACROSS = 64
 """Tiles in a row of the sheet."""

@@ -1,8 +1,8 @@
 """What the picture panels of a report show, computed once from a checkpoint and the data set, and kept as ``panels.npz``.
 
 At most ROWS images are embedded (train and test together), so the work and the file do not grow with the data set;
-what needs no features (cluster sizes, purity) is counted over all rows. ``gather`` makes it, ``save`` and ``load`` keep
-it, raycon/report/panels.py draws it.
+what needs no features (cluster sizes, purity) is counted over all rows. raycon/report/panel_file.py keeps it,
+raycon/report/panels.py draws it.
 
 Shape letters: N rows of the data set, B sampled rows, T tiles (pictures), D feature width, K neighbours, C classes.
 """
@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import logging
 import math
-import os
 import time
-import zipfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +27,10 @@ from raycon.core import stream
 from raycon.core.config import RunConfig
 from raycon.core.types import Images, LoaderPlan, Mined, Snapshot
 from raycon.methods.base import Method
+from raycon.report.panel_file import FORMAT, Panels
 
 logger = logging.getLogger("raycon")
 
-FILE = "panels.npz"
-FORMAT = 1
 ROWS = 5000
 """Images embedded at most; three fifths of them train rows, the rest test rows."""
 ROWS_SLOW = 500
@@ -54,14 +49,6 @@ CANDIDATES = 2048
 CLASSES = 40
 """Confusions of more classes are not drawn."""
 _PANEL = 0xA11E
-
-
-@dataclass
-class Panels:
-    """The numbers and pictures of all panels; ``about`` is JSON, ``arrays`` are by name (see ``gather``)."""
-
-    about: dict[str, Any] = field(default_factory=dict)
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class _Tiles:
@@ -136,30 +123,6 @@ def gather(run_dir: Path, rows: int = 0, device: torch.device | None = None) -> 
     _pictures(panels, tiles, train, test)
     panels.about["seconds"] = round(time.perf_counter() - begin, 2)
     return panels
-
-
-def save(panels: Panels, file: Path) -> Path:
-    """Write ``panels.npz`` in one move: arrays, and ``about`` as JSON text."""
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-    try:
-        np.savez_compressed(temporary, about=np.array(json.dumps(panels.about)), **panels.arrays)  # type: ignore[arg-type]
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return file
-
-
-def load(file: Path) -> Panels:
-    """Raises ValueError when the file is cut off, no ``panels.npz`` or of another format; nothing is unpickled."""
-    try:
-        with np.load(file, allow_pickle=False) as data:
-            about = json.loads(str(data["about"]))
-            arrays = {name: data[name] for name in data.files if name != "about"}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} could not be read ({error}); delete it, the next report makes it again") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise ValueError(f"{file} is of another format; delete it, the next report makes it again")
-    return Panels(about, arrays)
 
 
 # --- images and features ----------------------------------------------------------------------------------------

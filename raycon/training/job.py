@@ -15,7 +15,7 @@ import torch
 from raycon import methods
 from raycon.core import dist
 from raycon.core.config import ConfigError, Facts, RunConfig
-from raycon.core.log import Metrics, NoMetrics, NoTracker, Tracker, Wandb
+from raycon.core.log import Metrics, NoMetrics, open_tracker
 from raycon.core.types import Loader, LoaderPlan, Progress, Runtime
 from raycon.methods.base import Method
 from raycon.nn import networks, views
@@ -117,8 +117,7 @@ def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: 
         torch.backends.cudnn.benchmark = True
     metrics: Metrics = NoMetrics()
     if runtime.rank == 0:
-        tracker: Tracker = NoTracker() if config.log.wandb == "disabled" else Wandb(config, run_dir)
-        metrics = Metrics(run_dir / "metrics.jsonl", tracker)
+        metrics = Metrics(run_dir / "metrics.jsonl", open_tracker(config, run_dir))
     dataset = open_data(config)
     facts = facts_of(config, dataset, runtime.world)
     loader = open_loader(config, dataset, loader_plan(config, dataset, run_dir, device, runtime.world, runtime.rank))

@@ -23,7 +23,7 @@ from raycon.data_loaders.datasets import open_dataset
 from raycon.evals import on_checkpoint
 from raycon.nn import optim, views
 from raycon.recipes import recipe
-from raycon.report import panels, sample
+from raycon.report import panel_file, panels, sample
 from raycon.training import checkpoint, job
 
 CLUSTERS = 7
@@ -53,12 +53,12 @@ def make_run(
 
 
 @pytest.fixture(scope="module")
-def gathered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sample.Panels]:
+def gathered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, panel_file.Panels]:
     run_dir = make_run(tmp_path_factory.mktemp("panels") / "run")
     return run_dir, sample.gather(run_dir, rows=150)
 
 
-def test_pictures_are_those_of_the_rows(gathered: tuple[Path, sample.Panels]) -> None:
+def test_pictures_are_those_of_the_rows(gathered: tuple[Path, panel_file.Panels]) -> None:
     arrays = gathered[1].arrays
     sets = [open_dataset("digits", split=split) for split in ("train", "test")]
     for t in range(0, len(arrays["tiles"]), 17):
@@ -69,7 +69,7 @@ def test_pictures_are_those_of_the_rows(gathered: tuple[Path, sample.Panels]) ->
     assert (arrays["map_by_fine class"] == sets[0].label[arrays["tile_row"][arrays["map_tile"]]]).all()
 
 
-def test_clusters_are_counted_over_all_rows(gathered: tuple[Path, sample.Panels]) -> None:
+def test_clusters_are_counted_over_all_rows(gathered: tuple[Path, panel_file.Panels]) -> None:
     arrays, (told,) = gathered[1].arrays, gathered[1].about["clusterings"]
     label = open_dataset("digits").label
     assignment = np.arange(len(label)) * 13 % CLUSTERS
@@ -98,7 +98,7 @@ def test_clusters_are_counted_over_all_rows(gathered: tuple[Path, sample.Panels]
     assert (neighbours[:, 0] == (arrays["tile_row"][arrays["neighbour_anchor"]] + 1) % len(label)).all()
 
 
-def test_retrieval_is_that_of_the_encoder(gathered: tuple[Path, sample.Panels]) -> None:
+def test_retrieval_is_that_of_the_encoder(gathered: tuple[Path, panel_file.Panels]) -> None:
     run_dir, found = gathered
     config = on_checkpoint.read_config(run_dir)
     test = open_dataset("digits", split="test")
@@ -135,7 +135,7 @@ def test_positives_are_the_methods_own(tmp_path: Path) -> None:
     assert "member_anchor" not in found.arrays
 
 
-def test_positives_are_as_many_as_a_batch_or_a_queue(gathered: tuple[Path, sample.Panels]) -> None:
+def test_positives_are_as_many_as_a_batch_or_a_queue(gathered: tuple[Path, panel_file.Panels]) -> None:
     assert "positive_anchor" not in gathered[1].arrays  # PCL's positives are prototypes
 
 
@@ -157,28 +157,28 @@ def test_purity_without_labels_and_with_some() -> None:
     assert np.isnan(sample.purity(np.array([0]), np.array([-1]), 1)[0]).all()
 
 
-def test_kept_and_read_back(gathered: tuple[Path, sample.Panels], tmp_path: Path) -> None:
-    file = sample.save(gathered[1], tmp_path / sample.FILE)
-    assert [p.name for p in tmp_path.iterdir()] == [sample.FILE]
-    again = sample.load(file)
+def test_kept_and_read_back(gathered: tuple[Path, panel_file.Panels], tmp_path: Path) -> None:
+    file = panel_file.save(gathered[1], tmp_path / panel_file.FILE)
+    assert [p.name for p in tmp_path.iterdir()] == [panel_file.FILE]
+    again = panel_file.load(file)
     assert again.about == gathered[1].about
     assert all(np.array_equal(again.arrays[k], v) for k, v in gathered[1].arrays.items())
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(ValueError, match="delete it"):
-        sample.load(file)
+        panel_file.load(file)
     with file.open("wb") as handle:  # a pickle is never opened
         np.savez(handle, about=np.array({"format": 1}, dtype=object))
     with pytest.raises(ValueError, match="delete it"):
-        sample.load(file)
+        panel_file.load(file)
 
 
 def test_page_holds_the_pictures_and_makes_them_once(
-    gathered: tuple[Path, sample.Panels], monkeypatch: pytest.MonkeyPatch
+    gathered: tuple[Path, panel_file.Panels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir, found = gathered
     calls = []
 
-    def gather(folder: Path, rows: int) -> sample.Panels:
+    def gather(folder: Path, rows: int) -> panel_file.Panels:
         calls.append(folder)
         return found
 
@@ -212,7 +212,7 @@ def test_pictures_that_cannot_be_made_are_a_note(tmp_path: Path) -> None:
 
 def test_a_large_sheet_is_stored_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (200, 32, 32, 3), dtype=np.uint8)
-    sheet = panels.Sheet(sample.Panels({"classes": [], "weak_classes": []}, {"tiles": noise}))
+    sheet = panels.Sheet(panel_file.Panels({"classes": [], "weak_classes": []}, {"tiles": noise}))
     assert "image/png" in sheet.style()
     monkeypatch.setattr(panels, "SHEET_BYTES", 200_000)
     assert "image/jpeg" in sheet.style()
@@ -220,13 +220,13 @@ def test_a_large_sheet_is_stored_smaller(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-def test_in_a_browser(gathered: tuple[Path, sample.Panels], tmp_path: Path) -> None:
+def test_in_a_browser(gathered: tuple[Path, panel_file.Panels], tmp_path: Path) -> None:
     """A real browser runs the page's script without an error and draws the legend of the map."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium here")
     run_dir, found = gathered
-    sample.save(found, run_dir / sample.FILE)
+    panel_file.save(found, run_dir / panel_file.FILE)
     page = report.write(run_dir)
     options = [
         "--headless",
