@@ -69,6 +69,14 @@ def placement_problems(config: RunConfig) -> list[str]:
                 f"lower scaling.workers or scaling.{what.lower()}s-per-worker, or add nodes "
                 "(--scaling.autoscaling when they come by themselves)"
             )
+    mining, workers = config.mining, scaling.cpus_per_worker * scaling.workers
+    if config.method.needs().snapshot and not found:
+        cpus = workers + mining.cpus * mining.shards
+        if cpus > there.get("CPU", 0.0):
+            found.append(
+                f"mining.cpus = {mining.cpus:g} x mining.shards = {mining.shards} beside {workers:g} CPU for the workers "
+                f"can never be placed: the cluster has {there.get('CPU', 0):g} CPU; lower one of them, or add nodes"
+            )
     return found
 
 
