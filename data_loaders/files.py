@@ -83,7 +83,8 @@ def _local_groups(base: bytes) -> list[Group]:
     for name, is_folder in seen:
         if is_folder:
             inside: list[bytes] = []
-            _collect(os.path.join(base, name), b"", inside, set())
+            status = os.stat(os.path.join(base, name))
+            _collect(os.path.join(base, name), b"", inside, {(status.st_dev, status.st_ino)})
             found.append(Group(name, _array(sorted(inside)), None))
     return found
 
@@ -164,12 +165,14 @@ def below(name: str, root: Path | str, where: str) -> bytes:
     """A path from a list, relative to ``root``. Raises ConfigError naming ``where`` when it leads out of ``root``."""
     base = f"{root}/"
     relative = name[len(base) :] if name.startswith(base) else name
+    if is_remote(relative):
+        raise ConfigError([f"{where}: {name!r} is not below data.root = '{root}'; give paths below it"])
     if "/" not in relative:  # a list that was made on Windows
         relative = relative.replace("\\", "/")
     relative = os.path.normpath(relative) if relative else ""
     if not relative or relative == "." or "\0" in relative:
         raise ConfigError([f"{where}: {name!r} is not the path of an image"])
-    if relative.startswith("/") or relative.split("/")[0] == ".." or is_remote(relative):
+    if relative.startswith("/") or relative.split("/")[0] == "..":
         raise ConfigError([f"{where}: {name!r} leads out of data.root = '{root}'; give paths below it"])
     return os.fsencode(relative)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from raycon.index import metadata
 
 from . import files
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, FileSet, no_labels
+
+log = logging.getLogger(__name__)
 
 ROLES = ("path", "label", "weak", "split", "attributes")
 _NUMBER = re.compile(r"-?\d+(\.0)?")
@@ -232,8 +235,24 @@ def build(name: str, split: str, root: Path | str, listed: Listed, train: Listed
         root=root,
         files=listed.files,
     )
+    _warn(found, where)
     _look_for_some(found, where)
     return found
+
+
+def _warn(dataset: FileSet, where: str) -> None:
+    """Of files that are listed more than once, and of classes of the train split that have no images."""
+    order = np.argsort(dataset.files, kind="stable")
+    ordered = dataset.files[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(again):
+        row = int(order[again[0]])
+        log.warning("%s: %d images are listed more than once, '%s' for one", where, len(again), dataset.where(row))
+    known = dataset.label[dataset.label >= 0]
+    empty = np.flatnonzero(np.bincount(known, minlength=len(dataset.classes)) == 0)
+    if dataset.split == "train" and len(empty):
+        names = ", ".join(dataset.classes[i] for i in empty[:8])
+        log.warning("%s: %d of %d classes have no images: %s", where, len(empty), len(dataset.classes), names)
 
 
 def _look_for_some(dataset: FileSet, where: str) -> None:
