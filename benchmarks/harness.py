@@ -49,6 +49,12 @@ def at_least(claim: str, ours: float, other: float, limit: float, floor: float |
     )
 
 
+def shown(claim: str, ours: float, other: float, floor: float | None = None) -> Row:
+    """A measured pair that nothing is promised of."""
+    ratio = ours / other if other else float("nan")
+    return Row(claim=claim, ours=ours, other=other, ratio=ratio, target="", holds=True, floor=floor)
+
+
 def interleave(
     sides: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, float]:
