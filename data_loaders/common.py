@@ -3,9 +3,11 @@
 A loader differs from the others only in how it reads: it implements ``_blocks``. Everything that decides *what* is
 delivered is here, as pure functions of (seed, epoch, rank, world), so that no loader can deviate.
 
-Two paths. Images of one size travel to the device as they are, in uint8, and all of the augmentation happens there,
-batched; one read serves all views. Images of any size are cropped and resized on the CPU, view by view, with the box
-the counter stream draws; crops of one size travel, and the rest of the augmentation happens on the device.
+Two paths. Images of one size travel to the device as they are, in uint8, and all of the augmentation happens there;
+one read serves all views. Images of any size are decoded once, and cropped and resized on the CPU, view by view, with
+the box the counter stream draws; crops of one size travel, and the rest of the augmentation happens on the device.
+
+The augmentation is batched (raycon.nn.views) or, on a CPU, fused into compiled loops (fused.py): ``uses_fused``.
 
 A view may also be of another image, that of a neighbour of the row: which one is drawn here too, and a reader is asked
 for the images of all of them at once, row by row.
@@ -19,9 +21,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +41,12 @@ from raycon.core.types import Batch, Images, LoaderPlan, Snapshot
 from raycon.nn import views
 from raycon.nn.views import EvalSpec, ViewSpec
 
-from .datasets import ImageSet
+from .datasets import FileSet, ImageSet
+from .photos import Photo, Pixels, size_of
 
 _NEIGHBOUR = 0x4E16
+FUSED_VALUES = 2**26
+"""Values in all views of an epoch from which ``data.augment = auto`` fuses: below, compiling would take longer."""
 SCAN_ROWS = 256
 """Least rows per block of ``scan``, where no batch size is asked for."""
 
@@ -49,8 +58,9 @@ class Block(NamedTuple):
     """(B,)."""
     label: NDArray[np.int64]
     """(B,) weak labels."""
-    image: NDArray[np.uint8]
-    """(B, I, H, W, C) whole images of one size; or (B, P): each row's views, cropped, one after the other."""
+    image: NDArray[np.uint8] | tuple[Tensor, ...]
+    """(B, I, H, W, C) whole images of one size; or (B, P): each row's views, cropped, one after the other; or the
+    views themselves, as ``StreamLoader.augment`` makes them."""
 
 
 class StreamLoader(ABC):
@@ -60,13 +70,15 @@ class StreamLoader(ABC):
     """ffcv, ray or torch."""
 
     def __init__(self, dataset: ImageSet, plan: LoaderPlan) -> None:
-        """Raises ConfigError when the global batch does not divide over the ranks or is larger than the data set."""
+        """Raises ConfigError when the global batch does not divide over the ranks or is larger than the data set, and
+        when fused augmentation is asked for where there is none."""
         if plan.batch % plan.world:
             raise ConfigError([f"train.batch = {plan.batch} does not divide over {plan.world} ranks"])
         if plan.batch > len(dataset):
             raise ConfigError([f"train.batch = {plan.batch} is more than the {len(dataset)} images of {dataset.name}"])
         self.dataset = dataset
         self.plan = plan
+        self.fused = uses_fused(dataset, plan)
         self.rows = len(dataset)
         self.steps = self.rows // plan.batch
         self.local = plan.batch // plan.world
@@ -78,12 +90,11 @@ class StreamLoader(ABC):
         rows = self._train_rows(epoch, first_step, snapshot)
         source_MI = sources(plan, rows, epoch, None if snapshot is None else snapshot.neighbours)
         for block in self._blocks(source_MI, self.local, epoch):
-            with self.stopwatch:
-                image = torch.from_numpy(block.image).to(plan.device)
-                if self.dataset.image is not None:
-                    made = self._views(image.permute(0, 1, 4, 2, 3), block.row, epoch)
-                else:
-                    made = self._finish(image, block.row, epoch)
+            if isinstance(block.image, tuple):
+                made = block.image
+            else:
+                with self.stopwatch:
+                    made = self.augment(block.image, block.row, epoch, torch.get_num_threads())
             yield Batch(
                 made, torch.from_numpy(block.row).to(plan.device), torch.from_numpy(block.label).to(plan.device)
             )
@@ -93,6 +104,7 @@ class StreamLoader(ABC):
         plan, spec = self.plan, self.plan.eval_spec
         rows = np.arange(*shard_range(self.rows, plan.rank, plan.world))
         for block in self._blocks(rows[:, None], max(self.local, SCAN_ROWS), None):
+            assert not isinstance(block.image, tuple), "views in place of images"
             image = torch.from_numpy(block.image).to(plan.device)
             if self.dataset.image is not None:
                 image = image[:, 0].permute(0, 3, 1, 2)
@@ -120,29 +132,61 @@ class StreamLoader(ABC):
         parts = [batch_rows(order, step, plan.batch, plan.rank, plan.world) for step in range(first_step, self.steps)]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
-    def _views(self, images_BICHW: Tensor, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
-        """The views of whole images."""
-        plan, specs = self.plan, specs_of(self.plan, epoch)
-        own = len(specs) - plan.neighbour_views
-        made = views.batch_views(images_BICHW[:, 0], rows, specs[:own], plan.seed, epoch, plan.channels_last)
-        for view in range(own, len(specs)):
+    def augment(
+        self, image: NDArray[np.uint8], rows: NDArray[np.int64], epoch: int, threads: int
+    ) -> tuple[Tensor, ...]:
+        """The views of a block's images or crops. ``threads``: of the fused form; the batched one uses torch's."""
+        plan, specs, whole = self.plan, specs_of(self.plan, epoch), self.dataset.image is not None
+        own, first, made = len(specs) - plan.neighbour_views, 0, []
+        moved: Tensor | None = None
+        for view, spec in enumerate(specs):
             numbers = uniforms(plan.seed, epoch, rows, view, views.SLOTS)
-            params = views.draw(specs[view], numbers, *images_BICHW.shape[3:])
-            images = images_BICHW[:, 1 + view - own]
-            made += (views.make_view(images, specs[view], params, plan.channels_last),)
-        return made
-
-    def _finish(self, crops_BP: Tensor, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, ...]:
-        """The views of crops that ``crops_of`` made: what is left is the flip and the colours."""
-        plan, specs = self.plan, specs_of(self.plan, epoch)
-        parts = crops_BP.split([len(self.dataset.mean) * spec.size**2 for spec in specs], dim=1)
-        made = []
-        for view, (spec, part) in enumerate(zip(specs, parts, strict=True)):
-            numbers = uniforms(plan.seed, epoch, rows, view, views.SLOTS)
-            params = views.draw(spec, numbers, spec.size, spec.size)  # the box, made for another size, is not used
-            crop = _square(part, spec.size)
-            made.append(views.finish(crop, spec, params, flip=True, channels_last=plan.channels_last))
+            # Of crops the box was drawn before, for the size of the image: here it is not used.
+            params = views.draw(spec, numbers, *(image.shape[2:4] if whole else (spec.size, spec.size)))
+            which = max(0, 1 + view - own)
+            if self.fused and _fused().serves(spec):
+                form = _fused().views_of if whole else _fused().views_of_crops
+                made.append(form(image, which if whole else first, spec, params, plan.channels_last, threads))
+            else:
+                moved = torch.from_numpy(image).to(plan.device) if moved is None else moved
+                if whole:
+                    images = moved[:, which].permute(0, 3, 1, 2)
+                    made.append(views.make_view(images, spec, params, plan.channels_last))
+                else:
+                    crop = _square(moved[:, first : first + spec.channels * spec.size**2], spec.size)
+                    made.append(views.finish(crop, spec, params, flip=True, channels_last=plan.channels_last))
+            first += spec.channels * spec.size**2
         return tuple(made)
+
+    def all_fused(self, epoch: int) -> bool:
+        """Whether every view of the epoch is made by compiled loops, which other threads may run."""
+        return self.fused and all(_fused().serves(spec) for spec in specs_of(self.plan, epoch))
+
+
+@functools.cache
+def _fused() -> ModuleType:
+    from . import fused
+
+    return fused
+
+
+def uses_fused(dataset: ImageSet, plan: LoaderPlan) -> bool:
+    """Whether views are made by compiled loops (fused.py) or batched, by ``data.augment``.
+
+    auto: on a CPU, where Numba is installed and an epoch is long enough to be worth compiling for; a function of the
+    plan and the machine alone, so all ranks and loaders agree. ConfigError where "fused" cannot be.
+    """
+    installed = importlib.util.find_spec("numba") is not None
+    if plan.augment == "fused":
+        if plan.device.type != "cpu":
+            raise ConfigError(
+                [f"data.augment = 'fused' works on the CPU, not on {plan.device}: choose batched or auto"]
+            )
+        if not installed:
+            raise ConfigError(["data.augment = 'fused' needs Numba: pip install 'raycon[fast]', or choose batched"])
+        return True
+    values = len(dataset) * sum(spec.channels * spec.size**2 for spec in plan.specs)
+    return plan.augment == "auto" and plan.device.type == "cpu" and installed and values >= FUSED_VALUES
 
 
 def specs_of(plan: LoaderPlan, epoch: int) -> tuple[ViewSpec, ...]:
@@ -194,53 +238,73 @@ def read_block(dataset: ImageSet, plan: LoaderPlan, source_BI: NDArray[np.int64]
         image = dataset.block(source_BI.reshape(-1))
         image = image.reshape(*source_BI.shape, *image.shape[1:])
     else:
-        image = crops_of((dataset.read(row) for row in source_BI.reshape(-1).tolist()), plan, rows, epoch)
+        assert isinstance(dataset, FileSet), "a data set without a fixed image size has files"
+        photos = [
+            Photo(np.frombuffer(dataset.encoded(row), np.uint8), dataset.where(row))
+            for row in source_BI.reshape(-1).tolist()
+        ]
+        image = crops_of(photos, plan, rows, epoch)
     return Block(rows, dataset.weak[rows], image)
 
 
 def crops_of(
-    images: Iterable[NDArray[np.uint8]], plan: LoaderPlan, rows: NDArray[np.int64], epoch: int | None
+    photos: Sequence[Photo], plan: LoaderPlan, rows: NDArray[np.int64], epoch: int | None, threads: int = 1
 ) -> NDArray[np.uint8]:
     """(B, P) uint8: per row, in the order of ``rows``, all views' (S, S, C) crops one after the other.
 
-    images: (H, W, C) each, B x I of them: after a row's own image those for its neighbour views. Resized like PIL does,
-    rounded to whole grey values. For epoch None the evaluation view's crop.
+    photos: B x I of them: after a row's own image those for its neighbour views. Each is decoded once. Resized like PIL
+    does, rounded to whole grey values. For epoch None the evaluation view's crop. Raises ValueError naming an image.
     """
-    images = iter(images)
     if epoch is None:
-        return np.stack([_centre(pixels, plan.eval_spec).reshape(-1) for pixels in images])
-    specs = specs_of(plan, epoch)
-    numbers = [uniforms(plan.seed, epoch, rows, view, views.SLOTS) for view in range(len(specs))]
-    crops = []
-    for at in range(len(rows)):
-        pixels, parts = next(images), []
-        for view, spec in enumerate(specs):
-            if view >= len(specs) - plan.neighbour_views:
-                pixels = next(images)
-            box = views.draw(spec, numbers[view][at : at + 1], *pixels.shape[:2]).box[0]
-            parts.append(_resized(pixels, box, spec.size).reshape(-1))
-        crops.append(np.concatenate(parts))
-    return np.stack(crops)
+        side = plan.eval_spec.size
+        out = np.empty((len(photos), side * side * 3), np.uint8)
+
+        def centre(at: int) -> None:
+            _centre(photos[at], plan.eval_spec, out[at].reshape(side, side, 3))
+
+        _each(centre, len(photos), threads)
+        return out
+    specs, images = specs_of(plan, epoch), 1 + plan.neighbour_views
+    sizes_BI2 = np.array([size_of(photo) for photo in photos]).reshape(len(rows), images, 2)
+    image_of = [max(0, 1 + view - (len(specs) - plan.neighbour_views)) for view in range(len(specs))]
+    ends = np.cumsum([spec.channels * spec.size**2 for spec in specs])
+    boxes = []
+    for view, spec in enumerate(specs):
+        numbers = uniforms(plan.seed, epoch, rows, view, views.SLOTS)
+        boxes.append(views.draw(spec, numbers, *sizes_BI2[:, image_of[view]].T).box.astype(int).tolist())
+    out = np.empty((len(rows), ends[-1]), np.uint8)
+
+    def cut(at: int) -> None:
+        for image in range(images):
+            pixels = Pixels(photos[at * images + image])
+            for view, spec in enumerate(specs):
+                if image_of[view] == image:
+                    part = out[at, ends[view] - spec.channels * spec.size**2 : ends[view]]
+                    pixels.crop(boxes[view][at], part.reshape(spec.size, spec.size, spec.channels))
+
+    _each(cut, len(rows), threads)
+    return out
 
 
-def _resized(pixels: NDArray[np.uint8], box: NDArray[np.float32], size: int) -> NDArray[np.uint8]:
-    top, left, height, width = box.astype(int).tolist()
-    return _pil_resize(pixels[top : top + height, left : left + width], size, size)
+def _each(work: Callable[[int], None], count: int, threads: int) -> None:
+    """``work`` of 0 .. count - 1, in so many threads; the first exception is raised."""
+    if threads <= 1:
+        for at in range(count):
+            work(at)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(count)))
 
 
-def _centre(pixels: NDArray[np.uint8], spec: EvalSpec) -> NDArray[np.uint8]:
+def _centre(photo: Photo, spec: EvalSpec, target: NDArray[np.uint8]) -> None:
     """(S, S, C): the shorter side resized to ``spec.resize``, the centre cut out; sizes as in ``views.eval_view``."""
-    height, width = pixels.shape[:2]
+    height, width = size_of(photo)
     longer = int(spec.resize * max(height, width) / min(height, width))
     new_height, new_width = (longer, spec.resize) if width <= height else (spec.resize, longer)
     top, left = round((new_height - spec.size) / 2), round((new_width - spec.size) / 2)
-    return _pil_resize(pixels, new_height, new_width)[top : top + spec.size, left : left + spec.size]
-
-
-def _pil_resize(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    whole = np.empty((new_height, new_width, 3), np.uint8)
+    Pixels(photo).crop((0, 0, height, width), whole)
+    target[...] = whole[top : top + spec.size, left : left + spec.size]
 
 
 def _square(flat_BP: Tensor, size: int) -> Tensor:

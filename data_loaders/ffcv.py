@@ -4,13 +4,15 @@ The .beton is written once into ``plan.cache`` (write_ffcv.py). One ffcv.loader.
 kept, for the whole run; the order of each epoch, and of a start in the middle of one, is ours. Importing FFCV takes
 about three seconds and compiling about one, so nothing is imported before a loader is opened.
 
-FFCV reads in a thread of its own (``plan.workers`` threads when more are asked for). Images of any size are decoded and
-cropped by the same code as in the plain loader, so that all loaders give the same pixels.
+FFCV reads in a thread of its own, ahead of the training. What a CPU can do there is an operation of its pipeline that
+asks for each sample's row: files are decoded and cropped in it, and with fused augmentation (see common.py) the views
+are finished in it, ``plan.workers`` images at a time. The code is that of the other loaders, so the pixels are too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +20,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raycon.core.types import LoaderPlan
 
 from .common import Block, StreamLoader, crops_of
-from .datasets import ImageSet, decode
+from .datasets import FileSet, ImageSet
+from .photos import Photo
 from .write_ffcv import ensure_beton, import_ffcv
 
 
@@ -34,25 +38,26 @@ class FfcvLoader(StreamLoader):
         super().__init__(dataset, plan)
         import_ffcv()  # first: what it says of a missing FFCV, and what it keeps FFCV from doing
         self._file = ensure_beton(dataset, plan.cache or Path.home() / ".cache" / "raycon")
-        self._reader = _open(self._file, self.local, plan.workers, dataset.image is not None)
-        self._content = np.memmap(self._file, np.uint8, mode="r")
+        self._content = np.memmap(self._file, np.uint8, mode="r").view(np.ndarray)
+        self._epoch: int | None = None  # of the iteration that goes on
+        self._images = 1
+        self._reader = _open(self._file, self.local, plan.workers, dataset.image is not None, self._made)
 
     def _blocks(self, source_MI: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
         rows, images = source_MI.reshape(-1), source_MI.shape[1]
         size *= images
+        self._epoch, self._images = epoch, images
         # FFCV's Loader looks at these two when an iteration starts. It takes no order of one's own any other way: its
         # argument of that name only accepts an instance that is also callable.
         self._reader.traversal_order, self._reader.batch_size = _Order(rows), size
         batches = iter(self._reader)
         try:
             for first, (image, row, label) in zip(range(0, len(rows), size), batches, strict=True):
+                if isinstance(image, Exception):
+                    raise image
                 # The arrays are FFCV's buffers, written again some batches later: what lives longer is copied.
                 row, label = row[:, 0].copy(), label[:, 0].copy()
                 assert np.array_equal(row, rows[first : first + size]), "FFCV delivered other rows than were asked for"
-                if self.dataset.image is None:
-                    image = crops_of(self._decoded(image, row), self.plan, row[::images], epoch)
-                else:
-                    image = image.reshape(-1, images, *image.shape[1:])
                 yield Block(row[::images], label[::images], image)
         finally:
             batches.close()
@@ -60,9 +65,29 @@ class FfcvLoader(StreamLoader):
                 with contextlib.suppress(queue.Empty):
                     batches.output_queue.get(timeout=0.01)
 
-    def _decoded(self, location: NDArray[np.int64], row: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-        for (start, length), number in zip(location.tolist(), row.tolist(), strict=True):
-            yield decode(self._content[start : start + length].tobytes(), str(self.dataset.path(number)))
+    def _made(self, image: NDArray[Any], row: NDArray[np.int64]) -> NDArray[np.uint8] | tuple[Tensor, ...] | Exception:
+        """In FFCV's thread: a batch as it was read, and its rows, to what ``Block`` has of it.
+
+        An exception is a result too: FFCV's thread would die of it, and the training wait for ever.
+        """
+        try:
+            epoch, threads, stream_rows = self._epoch, max(self.plan.workers, 1), row[:: self._images]
+            if self.dataset.image is None:
+                assert isinstance(self.dataset, FileSet)
+                photos = [
+                    Photo(self._content[start : start + length], self.dataset.where(number))
+                    for (start, length), number in zip(image.tolist(), row.tolist(), strict=True)
+                ]
+                whole = crops_of(photos, self.plan, stream_rows, epoch, threads)
+            else:
+                whole = image.reshape(-1, self._images, *image.shape[1:])
+            return (
+                whole
+                if epoch is None or not self.all_fused(epoch)
+                else self.augment(whole, stream_rows, epoch, threads)
+            )
+        except Exception as error:
+            return error
 
 
 class _Order:
@@ -73,14 +98,15 @@ class _Order:
         return self._rows
 
 
-def _open(file: Path, batch: int, threads: int, fixed_size: bool) -> Any:
-    """An ffcv.loader.Loader that gives (image or its place in the file, row, label)."""
+def _open(file: Path, batch: int, threads: int, fixed_size: bool, make: Callable[..., Any]) -> Any:
+    """An ffcv.loader.Loader that gives (``make`` of images or of their places in the file, and of rows; row, label)."""
     import ffcv.fields.basics
     import ffcv.fields.bytes
     import ffcv.fields.ndarray
     import ffcv.loader.loader
     from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
     from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.state import State
 
     class Place(ffcv.fields.bytes.BytesDecoder):  # type: ignore[misc, name-defined]
@@ -99,6 +125,19 @@ def _open(file: Path, batch: int, threads: int, fixed_size: bool) -> Any:
 
             return places
 
+    class Make(Operation):  # type: ignore[misc]
+        """Plain Python that calls compiled code: FFCV gives it the rows, and passes on whatever it returns."""
+
+        def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
+            return dataclasses.replace(previous_state, jit_mode=False), None
+
+        def generate_code(self) -> Callable[..., Any]:
+            def made(images: Any, _: None, rows: Any) -> Any:
+                return make(images, rows)
+
+            made.with_indices = True  # type: ignore[attr-defined]
+            return made
+
     class LeanManager(OSCacheManager):  # type: ignore[misc]
         """FFCV's own, without its tables of one Python object per image (4 s and 600 MB at 1.3 M images)."""
 
@@ -115,7 +154,7 @@ def _open(file: Path, batch: int, threads: int, fixed_size: bool) -> Any:
         num_workers=max(threads, 1),
         os_cache=True,
         pipelines={
-            "image": [ffcv.fields.ndarray.NDArrayDecoder() if fixed_size else Place()],
+            "image": [ffcv.fields.ndarray.NDArrayDecoder() if fixed_size else Place(), Make()],
             "row": [ffcv.fields.basics.IntDecoder()],
             "label": [ffcv.fields.basics.IntDecoder()],
         },

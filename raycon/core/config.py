@@ -107,6 +107,9 @@ class DataConfig:
     """Side of a training view in pixels."""
     views: str = "mocov2"
     """The augmentation preset in raycon/nn/views.py; a method names its views (strong, weak, ...) in it."""
+    augment: Literal["auto", "batched", "fused"] = "auto"
+    """How views are made on a CPU: in batched steps, or fused into compiled loops (needs Numba); auto: fused where an
+    epoch is worth compiling for (docs/loaders.md). The same views up to float32 rounding."""
     workers: int = 0
     """Loader processes (torch) or threads (ffcv) per rank; 0: the loader works in the training process."""
     cache: str = ""

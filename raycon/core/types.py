@@ -243,3 +243,5 @@ class LoaderPlan:
     """Where converted data may be kept (absolute)."""
     channels_last: bool = True
     """Give views in torch.channels_last memory format."""
+    augment: str = "auto"
+    """``data.augment``: auto, batched or fused."""

@@ -85,6 +85,7 @@ def loader_plan(
         workers=config.data.workers,
         cache=Path(config.data.cache or run_dir.parent / ".cache"),
         channels_last=config.model.channels_last,
+        augment=config.data.augment,
     )
 
 
