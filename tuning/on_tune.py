@@ -6,6 +6,7 @@ Tune's files are a cache in DIR/.tune that is never read back; DIR/trials.jsonl 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import socket
 import time
@@ -62,6 +63,7 @@ def run(
 ) -> None:
     """Run all trials that have not ended. Returns when they have, or when the sweep was asked to stop."""
     study = plan.study
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables go by an older switch, verbose=0, then
     left = [number for number, trial in known.items() if trial.state not in ENDED]
     if not left:
         return

@@ -181,7 +181,7 @@ def resumed(known: argparse.Namespace, dotted: list[str]) -> tuple[Path, Plan]:
 # --- checks -----------------------------------------------------------------------------------------------------
 
 
-def checked(plan: Plan, folder: Path, most: int, resume: bool) -> tuple[RunConfig, Facts | None, Proposer]:
+def checked(plan: Plan, folder: Path, most: int, resume: bool) -> tuple[RunConfig, Facts, Proposer]:
     """(the base configuration as trials run it, the facts of its data, who proposes); raises ConfigError with all
     that is wrong."""
     import importlib.util
@@ -194,38 +194,33 @@ def checked(plan: Plan, folder: Path, most: int, resume: bool) -> tuple[RunConfi
         problems.append(f"--max-concurrent {most}: give 1 or more, or 0 for as many as fit")
     if importlib.util.find_spec("ray") is None:
         problems.append("Ray is not installed; pip install 'raycon[ray]'")
-    problems += metric_problems(study)
     if not resume and (folder / record.SETTINGS).exists():
         problems.append(f"--dir {folder} holds a sweep: go on with --resume {folder}, or give another directory")
     elif not resume and folder.exists() and any(folder.iterdir()):
         problems.append(f"--dir {folder} is not empty: give a directory of its own")
-    if problems:
-        raise ConfigError(problems)
-    base = pretrain.absolute(
-        scored(study.base, study.metric, study.validation, study.every_epochs, keep=2),
-        folder / record.FOLDER / "trial",
-    )
-    base = dataclasses.replace(
-        base, data=dataclasses.replace(base.data, cache=base.data.cache or str(folder / ".cache"))
-    )
-    base = cut_table(base, folder, write=False)
+    unscored = metric_problems(study)
+    share = study.validation if 0 < study.validation < 1 else 0.1  # said already; the rest is checked all the same
+    base = study.base if unscored else scored(study.base, study.metric, share, max(1, study.every_epochs), keep=2)
+    base = pretrain.absolute(base, folder / record.FOLDER / "trial")
+    cache = study.base.data.cache or str(folder / ".cache")
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, validation=share, cache=cache))
+    problems += unscored + pretrain.start_problems(base, Path(base.run.dir), None, base.scaling.workers)
     facts: Facts | None = None
+    made: Proposer | None = None
     try:
         dataset = job.open_data(base)
         facts = job.facts_of(base, dataset, base.scaling.workers)
         problems += problems_of(base, facts) + pretrain.labels_problems(base, facts)
         problems += pretrain.network_problems(base, dataset)
         problems += space_problems(base, study.space, facts)
-    except ConfigError as error:
-        problems += error.problems
-    problems += pretrain.start_problems(base, folder / record.FOLDER / "trial", None, base.scaling.workers)
-    made: Proposer | None = None
-    try:
-        made = proposer(study.searcher, study.space, seed=base.seed, mode=study.mode, trials=study.trials)
+        base = cut_table(base, folder, write=False)
+        if not problems:
+            made = proposer(study.searcher, study.space, seed=base.seed, mode=study.mode, trials=study.trials)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
+    assert facts is not None
     assert made is not None
     return base, facts, made
 
@@ -345,14 +340,13 @@ def search(
     folder: Path,
     plan: Plan,
     base: RunConfig,
-    facts: Facts | None,
+    facts: Facts,
     propose: Proposer,
     most: int,
     quiet: bool,
     resume: bool,
 ) -> int:
     """Place the trials, run them, write the report. Raises ConfigError when not even one trial fits."""
-    assert facts is not None
     from raycon.on_ray import trainer
 
     from . import on_tune
@@ -400,8 +394,8 @@ def placed(study: Study, base: RunConfig, facts: Facts, most: int) -> int:
     at_once = min(most or fit, fit, study.trials)
     if study.scheduler == "pbt" and at_once < study.trials:
         raise ConfigError(
-            [f"--scheduler pbt trains its {study.trials} trials together, and {at_once} run at once ({told}): give "
-             f"--trials {max(at_once, 2)}, or smaller trials (scaling.workers, scaling.cpus-per-worker)"]
+            [f"--scheduler pbt trains its {study.trials} trials together, and {at_once} fit at once ({told}): give fewer "
+             "--trials (2 or more), or smaller ones (scaling.workers, scaling.cpus-per-worker)"]
         )  # fmt: skip
     return at_once
 
