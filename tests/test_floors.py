@@ -12,6 +12,7 @@ FLOORS = {
     "raycon/core": 0,
     "raycon/nn": 1,
     "raycon/index": 1,
+    "raycon/index/__main__.py": 5,
     "raycon/methods": 2,
     "raycon/training": 3,
     "raycon/evals": 3,

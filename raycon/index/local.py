@@ -15,7 +15,7 @@ from raycon.core.stream import shard_range
 from raycon.core.types import Needs, Snapshot
 from raycon.index.engine import EngineName
 from raycon.index.plan import check_memory
-from raycon.index.service import Miner, Saved, SavedShard, search_rows
+from raycon.index.service import Miner, Saved, SavedShard, cosines, search_rows
 
 
 class LocalIndex:
@@ -94,7 +94,8 @@ class LocalIndex:
         See ``search_rows``; under torchrun every rank asks the same at the same time. Raises MissingRows and ValueError.
         """
         assert self._begun is None, "shards answer one caller at a time"
-        return search_rows(self._fan_out, version, self._rows, self._dim, features, count, own_Q)
+        row_QK, sqdist_QK = search_rows(self._fan_out, version, self._rows, self._dim, features, count, own_Q)
+        return row_QK, cosines(sqdist_QK)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of ``SavedShard`` on every shard: the answers in row order."""

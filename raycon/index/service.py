@@ -26,7 +26,7 @@ from raycon.index.shard import Shard, State, as_features, check_finite
 
 logger = logging.getLogger(__name__)
 
-_PASSES = ("step", "label_sums", "assign")
+_PASSES = ("step", "steps", "label_sums", "assign", "assign_below")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Miner:
         self._last: tuple[NDArray[np.int64], ...] = ()
 
     def make(self, version: int, needs: Needs, previous: Snapshot | None) -> tuple[Snapshot, dict[str, float]]:
-        """``mine``, and metrics "mining/...": seconds, rows per second of k-means, bytes, AMI with the version before.
+        """``mine``, and metrics "mining/...": seconds, rows clustered per second, bytes, AMI with the version before.
 
         Raises MissingRows, naming damaged files too, and ValueError.
         """
@@ -139,7 +139,7 @@ class Miner:
         clustering = sum(metrics.get(f"index/{name}_seconds", 0.0) for name in ("kmeans", "assign"))
         metrics |= {
             "mining/seconds": seconds,
-            "mining/rows_per_s": self.progress() * self._rows / max(clustering, 1e-9),
+            "mining/rows_per_s": self._rows / max(clustering, 1e-9) if needs.clusterings else 0.0,
             "mining/bytes_sent": float(self._sent),
             "mining/bytes_received": float(self._received),
         }
@@ -168,10 +168,10 @@ def search_rows(
     features: Any,
     count: int,
     own_Q: NDArray[np.int64] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The ``count`` of ``rows`` rows most similar to each query (Q, dim), all of unit length: rows and cosines (Q, count).
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The ``count`` of ``rows`` rows nearest to each query (Q, dim): rows and squared L2 distances, both (Q, count).
 
-    Most similar first, equal ones by row. ``version``: None for the one held. ``own_Q``: a row to leave out of each
+    Nearest first, equal ones by row. ``version``: None for the one held. ``own_Q``: a row to leave out of each
     query's answer, -1 for none. Raises MissingRows when rows of the version are missing, ValueError for a wrong width, a
     number that is not finite, or a count that is too large.
     """
@@ -185,7 +185,12 @@ def search_rows(
     if not 1 <= count <= rows - (own_Q is not None):
         raise ValueError(f"{count} neighbours in {rows} rows: give 1 .. {rows - (own_Q is not None)}")
     sqdist_QK, row_QK = search(fan_out, version, queries_QD, count, own_Q)
-    return row_QK, (1.0 - sqdist_QK / 2.0).astype(np.float32)
+    return row_QK, sqdist_QK
+
+
+def cosines(sqdist_QK: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Cosines of unit rows, from their squared distances."""
+    return (1.0 - sqdist_QK / 2.0).astype(np.float32)
 
 
 def array_bytes(value: Any) -> int:

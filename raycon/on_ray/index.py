@@ -26,7 +26,7 @@ from raycon.core.types import Needs, Snapshot
 from raycon.index.local import part
 from raycon.index.persist import clear
 from raycon.index.plan import shard_bytes
-from raycon.index.service import Miner, Saved, SavedShard, search_rows
+from raycon.index.service import Miner, Saved, SavedShard, cosines, search_rows
 from raycon.index.shard import as_features, check_finite
 from raycon.on_ray.meters import CoordinatorMeters, ShardMeters
 
@@ -193,7 +193,8 @@ class RayIndex:
 
         See ``search_rows``; any rank may ask alone. Raises MissingRows and ValueError.
         """
-        return search_rows(self.call, version, self._spec.rows, self._spec.dim, features, count, own_Q)
+        row_QK, sqdist_QK = search_rows(self.call, version, self._spec.rows, self._spec.dim, features, count, own_Q)
+        return row_QK, cosines(sqdist_QK)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of ``SavedShard`` on every shard: the answers in row order."""

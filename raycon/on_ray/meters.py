@@ -61,7 +61,7 @@ class CoordinatorMeters:
     def __init__(self, run: str) -> None:
         self._version = Gauge(VERSION, "The version of the last snapshot", ("run",))
         self._phase = Gauge(PHASE_SECONDS, "Seconds of the last refresh, by phase", ("run", "phase"))
-        self._rate = Gauge(ROWS_PER_SECOND, "Rows per second of k-means in the last refresh", ("run",))
+        self._rate = Gauge(ROWS_PER_SECOND, "Rows clustered per second in the last refresh", ("run",))
         self._moved = Counter(BYTES_MOVED, "Bytes between coordinator and shards", ("run", "way"))
         self._per_clustering = {
             key: Gauge(name, f"{key} of the last snapshot", ("run", "clustering"))
