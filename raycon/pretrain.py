@@ -210,12 +210,12 @@ def finish(config: RunConfig, run_dir: Path, seconds: float) -> int:
     from raycon.evals import on_checkpoint
     from raycon.training.runtime import STOP_FILE
 
-    page = report.write(run_dir, gather=config.log.report == "full")
+    stopped = (run_dir / STOP_FILE).exists()
+    page = report.write(run_dir, gather=config.log.report == "full" and not stopped)  # who stops it does not wait
     try:
         log.publish(config, run_dir)
     except Exception as error:  # the run is over and whole; what a tracker could not take lies in the run directory
         logger.warning("wandb or TensorBoard: %s: %s", type(error).__name__, error)
-    stopped = (run_dir / STOP_FILE).exists()
     entry = on_checkpoint.last_entry(run_dir)
     lines = []
     if entry is not None:
