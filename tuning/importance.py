@@ -19,7 +19,7 @@ from .space import Choice, Space
 
 LEAST_TRIALS = 4
 """With fewer trials nothing is said."""
-_TREES, _OTHERS, _VALUES = 64, 128, 25
+_TREES, _OTHERS, _VALUES = 64, 512, 25
 
 
 class Marginal(NamedTuple):
@@ -59,7 +59,10 @@ def marginals(
     made = {}
     for i, name in enumerate(names):
         domain = space[name]
-        values = domain.levels(_VALUES)
+        if isinstance(domain, Choice) or domain.whole:
+            values = domain.levels(_VALUES)
+        else:  # the middles of equal parts: their mean is the integral
+            values = [domain.at((i + 0.5) / _VALUES) for i in range(_VALUES)]
         grid_GMO = np.repeat(others_MO[None], len(values), axis=0)
         grid_GMO[:, :, i] = np.array([domain.place(v) for v in values])[:, None]
         flat = grid_GMO.reshape(-1, len(names))
