@@ -10,14 +10,19 @@ import ray
 
 
 def in_order(
-    function: Callable[[Any, Any], Any], shared: Any, items: Iterable[Any], workers: int, cpus: float = 1.0
+    function: Callable[[Any, Any], Any],
+    shared: Any,
+    items: Iterable[Any],
+    workers: int,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
 ) -> Iterator[Any]:
     """``function(shared, item)`` of every item, in order; at most 2 ``workers`` results are under way or waiting.
 
-    shared: put into the object store once. cpus: of each task. What a task raises is raised here, as it was.
+    shared: put into the object store once. cpus, gpus: of each task. What a task raises is raised here, as it was.
     """
     kept = ray.put(shared)
-    task = ray.remote(_call).options(num_cpus=cpus)  # type: ignore[attr-defined]
+    task = ray.remote(_call).options(num_cpus=cpus, num_gpus=gpus)  # type: ignore[attr-defined]
     waiting: deque[Any] = deque()
     try:
         for item in items:

@@ -70,8 +70,8 @@ def load_encoder(path: str | Path, *, encoder: str = "", stem: str = "") -> tupl
             return _of_checkpoint(place.resolve())
         if not (place / checkpoint.MODEL).is_file():
             raise FileError(f"{place}: neither a run, nor a checkpoint, nor a folder with {checkpoint.MODEL}")
-        return _of_file(place / checkpoint.MODEL, _folder_card(place), encoder, stem)
-    return _of_file(place, published.card_in(place) if place.is_file() else {}, encoder, stem)
+        return _of_file(place / checkpoint.MODEL, card_of(place), encoder, stem)
+    return _of_file(place, card_of(place), encoder, stem)
 
 
 def _of_checkpoint(path: Path) -> tuple[nn.Module, About]:
@@ -201,6 +201,31 @@ def _preprocessing(config: RunConfig) -> dict[str, Any]:
     except (ConfigError, OSError, ImportError):
         return found
     return found | {"mean": list(dataset.mean), "std": list(dataset.std)}
+
+
+def card_of(path: Path) -> dict[str, Any]:
+    """The card in or beside an exported file, or in an exported folder; {} when there is none."""
+    if path.is_dir():
+        return _folder_card(path)
+    return published.card_in(path) if path.is_file() else {}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How images are made ready for an encoder: centre crops of ``size`` pixels, normalised per channel."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    known: bool
+    """False: nobody said it, and ImageNet's numbers stand in (0.5 for grey images)."""
+
+
+def preparation(about: About) -> Preparation:
+    said = about.facts.get("preprocessing") or {}
+    mean = said.get("mean") or ((0.485, 0.456, 0.406) if about.channels == 3 else (0.5,) * about.channels)
+    std = said.get("std") or ((0.229, 0.224, 0.225) if about.channels == 3 else (0.5,) * about.channels)
+    return Preparation(int(said.get("size") or 224), tuple(mean), tuple(std), "mean" in said and "std" in said)
 
 
 def card(about: About) -> dict[str, Any]:
