@@ -48,7 +48,8 @@ def connect(dashboard_port: int = 0) -> None:
         if dashboard_port:  # named to the processes to come: where several clusters run, Ray would not find its own
             os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"
             quiet["dashboard_port"] = dashboard_port
-        ray.init(address="local", include_dashboard=bool(dashboard_port), **quiet)
+        # None: a dashboard that does not come up in time (a loaded machine) is no reason not to run.
+        ray.init(address="local", include_dashboard=None if dashboard_port else False, **quiet)
     else:
         ray.init(address=address, **quiet)
 

@@ -64,7 +64,11 @@ def test_seconds_are_those_a_trial_ran(tmp_path: Path) -> None:
         ("session", -1, 100.0), ("start", 0, 110.0), ("result", 0, 130.0),  # killed
         ("session", -1, 1000.0), ("start", 0, 1005.0), ("result", 0, 1010.0), ("end", 0, 1011.0),
     ]  # fmt: skip
-    extra = {"start": {"options": {}, "folder": "f"}, "result": {"epoch": 1, "score": 1.0}, "end": {"state": "failed"}}
+    extra: dict[str, dict[str, object]] = {
+        "start": {"options": {}, "folder": "f"},
+        "result": {"epoch": 1, "score": 1.0},
+        "end": {"state": "failed"},
+    }
     text = "".join(json.dumps({"event": e, "trial": n, "time": t, **extra.get(e, {})}) + "\n" for e, n, t in lines)
     (tmp_path / "trials.jsonl").write_text(text)
     assert read_trials(tmp_path, plan(trials=1).study)[0].seconds == pytest.approx(20 + 6)

@@ -53,7 +53,7 @@ def swept(tmp_path: Path) -> Path:
     create(folder, plan)
     book = Record(folder)
     book.write("session", at_once=2)
-    outcomes = [
+    outcomes: list[tuple[str, list[float]]] = [
         ("finished", [60, 70, 80, 81]),
         ("stopped", [40]),
         ("finished", [61, 72, 84, 90.25]),
