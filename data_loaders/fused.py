@@ -58,15 +58,16 @@ def _run(
     rows, size, channels = len(source), spec.size, spec.channels
     layout = torch.channels_last if last else torch.contiguous_format
     out = torch.empty(rows, channels, size, size, memory_format=layout)
-    flat = (out.permute(0, 2, 3, 1) if last else out).reshape(rows, -1).numpy()
+    flat = (out.permute(0, 2, 3, 1) if last else out).reshape(rows, channels * size * size).numpy()
     assert np.shares_memory(flat, out.numpy()) or not rows
     drawn = (params.box, params.flip, params.order, params.factors, params.gray, params.sigma, params.solarize)
+    laid_out = [np.ascontiguousarray(array) for array in drawn]  # one memory layout, one compilation
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     fixed = (spec.gray_first, np.float32(spec.solarize_threshold), spec.kernel, mean, std, last)
     source = np.ascontiguousarray(source)
 
     def part(begin: int, end: int) -> None:
-        kernel(source, which, size, channels, *drawn, *fixed, flat, begin, end)
+        kernel(source, which, size, channels, *laid_out, *fixed, flat, begin, end)
 
     parts = max(1, min(threads, rows))
     cuts = [rows * n // parts for n in range(parts + 1)]

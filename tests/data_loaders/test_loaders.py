@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from raycon.data_loaders.common import StreamLoader
 from raycon.data_loaders.datasets import ArraySet, FileSet, ImageSet, open_dataset
 from raycon.nn import views
 
+AUGMENT = [
+    "batched",
+    pytest.param("fused", marks=pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")),
+]
 KINDS = ["torch", pytest.param("ffcv", marks=pytest.mark.ffcv), pytest.param("ray", marks=pytest.mark.ray)]
 
 
@@ -110,11 +115,12 @@ def assert_equal(found: Batch, expected: Batch, atol: float) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("augment", AUGMENT)
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_follow_the_contract(small: ArraySet, cache: Path, kind: str) -> None:
+def test_batches_follow_the_contract(small: ArraySet, cache: Path, kind: str, augment: str) -> None:
     for world, first_step in ((1, 2), (2, 1)):
         for rank in range(world):
-            asked = plan(small, cache, rank=rank, world=world)
+            asked = plan(small, cache, rank=rank, world=world, augment=augment)
             loader = open_loader(kind, small, asked)
             assert (loader.kind, loader.rows, loader.steps) == (kind, 300, 300 // 64)
             batches = list(loader.train(3, first_step))
@@ -125,9 +131,10 @@ def test_batches_follow_the_contract(small: ArraySet, cache: Path, kind: str) ->
             loader.close()
 
 
+@pytest.mark.parametrize("augment", AUGMENT)
 @pytest.mark.parametrize("kind", KINDS)
-def test_photos_follow_the_contract(photos: FileSet, cache: Path, kind: str) -> None:
-    asked = plan(photos, cache, rank=1, world=2, batch=8)
+def test_photos_follow_the_contract(photos: FileSet, cache: Path, kind: str, augment: str) -> None:
+    asked = plan(photos, cache, rank=1, world=2, batch=8, augment=augment)
     loader = open_loader(kind, photos, asked)
     batches = list(loader.train(1))
     assert len(batches) == 2
@@ -142,11 +149,14 @@ def test_photos_follow_the_contract(photos: FileSet, cache: Path, kind: str) -> 
     gentle.close()
 
 
+@pytest.mark.parametrize("augment", AUGMENT)
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("data", ["small", "photos"])
-def test_loaders_agree_to_the_bit(data: str, cache: Path, kind: str, request: pytest.FixtureRequest) -> None:
+def test_loaders_agree_to_the_bit(
+    data: str, cache: Path, kind: str, augment: str, request: pytest.FixtureRequest
+) -> None:
     dataset = request.getfixturevalue(data)
-    asked = plan(dataset, cache, rank=1, world=2)
+    asked = plan(dataset, cache, rank=1, world=2, augment=augment, workers=2 if kind == "ffcv" else 0)
     reference, other = open_loader("torch", dataset, asked), open_loader(kind, dataset, asked)
     for epoch, first_step in ((0, 0), (1, 1)):
         for one, two in zip(reference.train(epoch, first_step), other.train(epoch, first_step), strict=True):
@@ -156,10 +166,11 @@ def test_loaders_agree_to_the_bit(data: str, cache: Path, kind: str, request: py
         assert torch.equal(image.images, twin.images)
 
 
+@pytest.mark.parametrize("augment", AUGMENT)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("data", ["small", "photos"])
 def test_views_of_neighbours_and_of_the_warmup(
-    data: str, cache: Path, kind: str, request: pytest.FixtureRequest
+    data: str, cache: Path, kind: str, augment: str, request: pytest.FixtureRequest
 ) -> None:
     """The last two views are of images of the row's neighbours, and the first epoch has its own views."""
     dataset = request.getfixturevalue(data)
@@ -169,7 +180,7 @@ def test_views_of_neighbours_and_of_the_warmup(
     whole = dataclasses.replace(plain, crop_scale=(1.0, 1.0), flip=0.0)
     asked = plan(
         dataset, cache, rank=1, world=2, specs=(plain, small, small), warmup_specs=(whole, small, small),
-        warmup_epochs=1, neighbour_views=2, batch=64 if dataset.image else 6,
+        warmup_epochs=1, neighbour_views=2, batch=64 if dataset.image else 6, augment=augment,
     )  # fmt: skip
     rows = len(dataset)
     neighbours = torch.stack([torch.arange(1, rows + 1) % rows, torch.arange(5, rows + 5) % rows], dim=1)
@@ -269,6 +280,40 @@ def test_ranks_share_out_the_same_global_batches(small: ArraySet, cache: Path) -
     assert rows(1) == rows(2) == rows(4)
     flat = [row for step in rows(1) for row in step]
     assert len(set(flat)) == len(flat) == 256
+
+
+@pytest.mark.parametrize("augment", AUGMENT)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("data", ["small", "photos"])
+def test_the_stream_is_elastic(data: str, cache: Path, kind: str, augment: str, request: pytest.FixtureRequest) -> None:
+    """An epoch's rows and views on 1, 2 and 3 ranks; and gone on with, in its middle, by other numbers of ranks."""
+    dataset = request.getfixturevalue(data)
+    batch, epoch = (60, 4) if dataset.image else (6, 4)
+
+    def steps(world: int, first: int, last: int) -> list[list[tuple[int, tuple[torch.Tensor, ...]]]]:
+        found: list[list[tuple[int, tuple[torch.Tensor, ...]]]] = [[] for _ in range(first, last)]
+        for rank in range(world):
+            loader = open_loader(
+                kind, dataset, plan(dataset, cache, batch=batch, rank=rank, world=world, augment=augment)
+            )
+            for step, part in enumerate(itertools.islice(loader.train(epoch, first), last - first)):
+                rows = part.row.tolist()
+                found[step] += [(row, tuple(v[at] for v in part.views)) for at, row in enumerate(rows)]
+            loader.close()
+        return found
+
+    all_steps = len(dataset) // batch
+    reference = steps(1, 0, all_steps)
+    order = epoch_order(5, epoch, len(dataset))[: all_steps * batch]
+    assert [row for step in reference for row, _ in step] == order.tolist()
+    resumed = steps(3, 0, 1) + steps(1, 1, 2) + steps(2, 2, all_steps)
+    worlds = [resumed] if kind != "torch" else [steps(2, 0, all_steps), steps(3, 0, all_steps), resumed]
+    for found in worlds:
+        for one, two in zip(found, reference, strict=True):
+            assert [row for row, _ in one] == [row for row, _ in two]
+            for (_, views_one), (_, views_two) in zip(one, two, strict=True):
+                for a, b in zip(views_one, views_two, strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=0 if augment == "fused" else 2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
