@@ -110,7 +110,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # type: ignore[assignment,no-redef]
         self._writer = SummaryWriter(str(run_dir / "tensorboard"))
         lines = "\n".join(f"    {name}: {value}" for name, value in flatten(to_dict(config)).items())
         self._writer.add_text("config", lines, 0)
