@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from raycon.core.config import ConfigError
 from raycon.core.stream import key
 
@@ -43,10 +45,15 @@ class Random:
 
 
 class Grid:
-    """The points of a grid in their order; the number of trials is the number of points."""
+    """The points of a grid, shuffled by the seed; the number of trials is the number of points.
 
-    def __init__(self, space: Space, most: int) -> None:
-        self.points = grid(space, most)
+    In their own order a scheduler would see scores that rise from trial to trial, and stop none.
+    """
+
+    def __init__(self, space: Space, most: int, seed: int) -> None:
+        points = grid(space, most)
+        order = np.random.Generator(np.random.Philox(key=key(seed, _SWEEP))).permutation(len(points))
+        self.points = [points[i] for i in order]
 
     def propose(self, number: int) -> dict[str, Any]:
         return dict(self.points[number])
@@ -111,7 +118,7 @@ def proposer(searcher: str, space: Space, *, seed: int, mode: str, trials: int) 
     if searcher == "random":
         return Random(space, seed)
     if searcher == "grid":
-        return Grid(space, trials)
+        return Grid(space, trials, seed)
     assert searcher == "tpe", searcher
     try:
         return Tpe(space, seed, mode, start=min(10, max(2, trials // 3)))

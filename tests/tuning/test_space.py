@@ -120,7 +120,10 @@ def test_a_grid_has_every_combination_once() -> None:
     points = grid(space, 7)
     assert len(points) == 6  # 3 levels x 2
     assert {(p["a"], p["b"]) for p in points} == {(a, b) for a in (0, 0.5, 1) for b in "xy"}
-    assert Grid(space, 7).propose(5) == points[5]
+    shuffled = [Grid(space, 7, seed=1).propose(n) for n in range(6)]
+    assert shuffled != points
+    assert sorted(map(str, shuffled)) == sorted(map(str, points))
+    assert shuffled == Grid(space, 7, seed=1).points != Grid(space, 7, seed=2).points
     assert len(grid({"k": integers(2, 4)}, 50)) == 3
     with pytest.raises(ConfigError, match="smallest grid has 4 points"):
         grid(space, 3)

@@ -29,8 +29,8 @@ def clinfonce_granularity() -> Study:
 
     python -m raycon.tuning.sweep clinfonce-granularity --data.root IMAGENET100 --method.table LEVELS.csv
 
-    The paper finds an optimum in the middle of the WordNet tree of ImageNet-100. The held-out images' lines of the
-    table are left out for the trials. Cost: 13 trials of 300 epochs of a ResNet-50, GPU days. Not run here.
+    Coarse clusters take unlike images for positives, the finest leave nearly instance discrimination. The held-out
+    images' lines of the table are left out for the trials. Cost: 13 trials of 300 epochs of a ResNet-50, GPU days. Not run here.
     """
     return Study(
         base=recipe("clinfonce-imagenet100-hierarchy"),

@@ -33,11 +33,12 @@ def fashion_temperature() -> Study:
 
     python -m raycon.tuning.sweep fashion-temperature
 
-    Question: the default comes from ImageNet with 65,536 negatives; here there are 4,096. Nine temperatures of a
-    logarithmic grid from 0.02 to 1, one process each, ASHA over 6 epochs, scored by kNN on half of the training images.
+    Question: the default comes from ImageNet with 65,536 negatives; here there are 4,096. Nine temperatures evenly on a
+    logarithmic scale from 0.02 to 1, one process each, ASHA over 12 epochs, scored by kNN: trained on one half of the
+    training images, scored on the other. Cost: an estimated 12 minutes on 2 cores.
     """
     return Study(
-        base=_small(recipe("fashion-mnist-moco-cpu"), epochs=6),
+        base=_small(recipe("fashion-mnist-moco-cpu"), epochs=12),
         space={"method.temperature": loguniform(0.02, 1.0)},
         searcher="grid",
         trials=9,

@@ -8,7 +8,7 @@ from raycon.tuning.study import Study
 
 
 def maskcon_temperatures() -> Study:
-    """MaskCon's t0 (temperature) and t (soft temperature): the paper sets t per data set, 0.05 or 0.1, with t0 0.1.
+    """MaskCon's t0 (temperature) and t (soft temperature): published settings are t0 0.1 and t 0.05 or 0.1.
 
     python -m raycon.tuning.sweep maskcon-temperatures
 
@@ -27,7 +27,7 @@ def maskcon_temperatures() -> Study:
 
 
 def maskcon_weight() -> Study:
-    """MaskCon's w, the share of the coarse labels in the loss: 0 (none) to 1; the paper: 0.8 or 1.0 by data set.
+    """MaskCon's w, the share of the coarse labels in the loss: 0 (none) to 1; published settings are 0.8 and 1.0.
 
     python -m raycon.tuning.sweep maskcon-weight
 
