@@ -119,6 +119,12 @@ class Detection:
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Sides of the square anchors in pixels: one per pyramid level, or all of them on the one map."""
     masks: bool = True
+    maps: int = 256
+    """Channels of the pyramid's maps and of the mask head; the box head's layers have 4 times as many."""
+    regions: int = 512
+    """Regions per image that the box head is trained with."""
+    proposals: tuple[int, int] = (2000, 1000)
+    """Most proposals per image in training and in test."""
 
 
 _VOC_SIDES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
@@ -140,8 +146,9 @@ DETECTION: dict[str, Detection] = {
         milestones=(18_000, 22_000), warmup=100, train_sides=_VOC_SIDES, masks=False,
     ),
     "tiny": Detection(
-        source="own: pictures of 64 pixels or so, to try things", head="fpn", iterations=100, lr=0.01, batch=4,
+        source="own: pictures of 64 pixels or so, to try things", head="fpn", iterations=150, lr=0.02, batch=4,
         warmup=10, train_sides=(64,), test_side=64, longest=128, anchors=(8, 16, 32, 64, 128), weight_decay=1e-5,
+        maps=32, regions=32, proposals=(100, 50),
     ),
 }  # fmt: skip
 
