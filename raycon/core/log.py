@@ -111,7 +111,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             from tensorboardX import SummaryWriter  # type: ignore[assignment,no-redef]
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # tensorboardX names files by the second: two writers in one second would share a file.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), filename_suffix=f".{os.getpid()}.{time.time_ns()}")
         lines = "\n".join(f"    {name}: {value}" for name, value in flatten(to_dict(config)).items())
         self._writer.add_text("config", lines, 0)
 
