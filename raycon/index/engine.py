@@ -1,39 +1,73 @@
-"""The inner loops of the index, by faiss where it is installed and by torch where it is not.
+"""The inner loops of the index, by faiss where it is installed and by torch where it is not, on the CPU or a GPU.
 
-The one module that imports faiss, and only when an engine is made. Both engines compute squared L2 distances in
-float32 as |x|^2 + |c|^2 - 2 x.c, never below 0, and never hold an (n, k) array.
+The one module that imports faiss, and only when an engine is made. All engines compute squared L2 distances in
+float32 as |x|^2 + |c|^2 - 2 x.c, never below 0, and never hold an (n, k) array: what they take beside the rows given
+is bounded by ``block`` x 4096 scores, so a GPU's memory does not depend on the size of the data set.
 
 Shape letters: N rows of a block, Q queries, K centroids or neighbours, D feature width.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-import math
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 EngineName = Literal["auto", "faiss", "torch"]
-Nearest = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.int64]]]
+DeviceName = Literal["cpu", "gpu"]
 
+CPU_BLOCK = 1024
+GPU_BLOCK = 16384
 _CENTROIDS = 4096
-"""Centroids compared at a time by torch: bounds its memory to 20 MB for a block of 1024 rows."""
-_SEARCH_BLOCK = 4096
+"""Centroids compared at a time by torch: bounds its scores to 16 MB on a CPU, 256 MB on a GPU."""
+_CPU_SCORES = 4 * 2**20
+"""Scores of a search at a time on a CPU: 16 MB."""
+_GPU_SEARCH = 65536
+"""Rows searched at a time on a GPU: 256 MB of scores for 1024 queries."""
+_DISTRIBUTIONS = (
+    *("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-cuda", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cu13"),
+    *("faiss-gpu-cu12-cuvs", "faiss-gpu-cu13-cuvs"),
+)
+"""All that install a folder faiss/."""
+_FAISS_TEMP = 256 * 2**20
+"""Bytes of scratch that faiss may take on a GPU (it takes 1.5 GB unless told)."""
+
+
+class Found(NamedTuple):
+    """The nearest centroid of each row of a block, on the engine's device."""
+
+    sqdist_N: Tensor
+    """Squared distance, float32."""
+    label_N: Tensor
+    """int64; of equally near centroids the lowest."""
+    second_N: Tensor | None
+    """Squared distance to the second nearest, inf when there is one centroid; None when it was not asked for."""
+
+
+Nearest = Callable[[Tensor], Found]
 
 
 class Engine(Protocol):
     name: str
+    device: torch.device
+    block: int
+    """Rows of one call; results of a row depend on its place in the call, so callers keep to one grid."""
 
-    def nearest(self, centroids_KD: NDArray[np.float32]) -> Nearest:
-        """A function from rows (N, D) to (squared distance (N,), nearest centroid (N,)); ties: the lowest centroid."""
+    def nearest(self, centroids_KD: NDArray[np.float32], second: bool = False) -> Nearest:
+        """A function from rows (N, D), float32 on ``device``, to what it found."""
         ...
 
-    def search(self, queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-        """(Q, count) positions in ``rows_ND`` of the ``count`` <= N nearest rows of each query, nearest first."""
+    def search(
+        self, queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Of each query the ``count`` <= N nearest rows, nearest first: squared distances and positions, (Q, count)."""
         ...
 
     def use_threads(self, threads: int) -> None:
@@ -41,85 +75,255 @@ class Engine(Protocol):
         ...
 
 
+class TorchEngine:
+    name = "torch"
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        self.block = CPU_BLOCK if self.device.type == "cpu" else GPU_BLOCK
+        self._scratch = torch.empty(0, device=self.device)
+
+    def nearest(
+        self, centroids_KD: NDArray[np.float32], second: bool = False, weight_K: NDArray[np.float64] | None = None
+    ) -> Nearest:
+        """``weight_K``: nearest by squared distance plus the centroid's weight (a power diagram); the distances
+        returned are without it."""
+        centroids = torch.tensor(centroids_KD, dtype=torch.float32, device=self.device)  # a copy: it may be read-only
+        offset_K = centroids.square().sum(1)
+        weights = None
+        if weight_K is not None:
+            weights = torch.tensor(weight_K, dtype=torch.float32, device=self.device)
+            offset_K = offset_K + weights
+        parts = [slice(start, start + _CENTROIDS) for start in range(0, len(centroids), _CENTROIDS)]
+
+        def block(rows: Tensor) -> Found:
+            best_N = torch.full((len(rows),), torch.inf, device=self.device)
+            label_N = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
+            second_N = best_N.clone() if second else None
+            for part in parts:
+                score = self._scores(rows, centroids[part], offset_K[part])
+                value_N, place_N = _lowest(score)
+                if second_N is not None:
+                    score.scatter_(1, place_N[:, None], torch.inf)
+                    others_N = torch.minimum(second_N, score.amin(1))
+                    second_N = torch.minimum(others_N, torch.maximum(best_N, value_N))
+                closer_N = value_N < best_N
+                best_N = torch.where(closer_N, value_N, best_N)
+                label_N = torch.where(closer_N, place_N + part.start, label_N)
+            squared_N = rows.square().sum(1)
+            if weights is not None:
+                best_N = best_N - weights[label_N]
+            if second_N is not None:
+                second_N = second_N.add_(squared_N).clamp_min_(0)
+            return Found(best_N.add_(squared_N).clamp_min_(0), label_N, second_N)
+
+        return block
+
+    def search(
+        self, queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        queries = torch.tensor(queries_QD, device=self.device)
+        if self.device.type == "cpu":
+            best, position = self._search_cpu(queries, rows_ND, count)
+        else:
+            best, position = self._search_gpu(queries, rows_ND, count)
+        sqdist = best.add_(queries.square().sum(1, keepdim=True)).clamp_min_(0)
+        return sqdist.cpu().numpy(), position.cpu().numpy()
+
+    def _search_gpu(self, queries: Tensor, rows_ND: NDArray[np.float32], count: int) -> tuple[Tensor, Tensor]:
+        best = torch.empty(len(queries), 0, device=self.device)
+        position = torch.empty(len(queries), 0, dtype=torch.int64, device=self.device)
+        for start in range(0, len(rows_ND), _GPU_SEARCH):
+            block = torch.from_numpy(rows_ND[start : start + _GPU_SEARCH]).to(self.device)
+            score = self._scores(queries, block, block.square().sum(1))
+            near, where = score.topk(min(count, len(block)), largest=False)
+            best, position = torch.cat([best, near], 1), torch.cat([position, where + start], 1)
+            best, order = best.topk(min(count, best.shape[1]), largest=False)
+            position = position.gather(1, order)
+        return best, position
+
+    def _search_cpu(self, queries: Tensor, rows_ND: NDArray[np.float32], count: int) -> tuple[Tensor, Tensor]:
+        """Scores are compared with a bound of the last one wanted, and the few that are below are sorted: half the time
+        of topk. The bound: every group of columns has a least score, and the count-th of these is not below it."""
+        total, rows_Q = len(queries), np.arange(len(queries))
+        limit_Q = np.full(total, np.inf, dtype=np.float32)
+        kept: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []  # query, position, score
+        size = min(max(_CPU_SCORES // max(total, 1), 4 * count, 256), len(rows_ND))
+        for start in range(0, len(rows_ND), size):
+            block = torch.from_numpy(rows_ND[start : start + size])
+            score = self._scores(queries, block, block.square().sum(1))
+            if start == 0 and len(block) > 4 * count:
+                group = len(block) // (4 * count)
+                least = score.as_strided((total, group, 4 * count), (len(block), 4 * count, 1)).amin(1)
+                limit_Q = least.kthvalue(count, 1).values.numpy()
+            flat = np.flatnonzero(score.numpy() <= limit_Q[:, None])
+            query, column = np.divmod(flat, len(block))
+            kept.append((query, column + start, score.numpy().ravel()[flat]))
+            last = start + size >= len(rows_ND)
+            if last or sum(len(q) for q, _, _ in kept) > 8 * count * total:
+                query, position, value = (np.concatenate(part) for part in zip(*kept, strict=True))
+                order = np.lexsort((value, query))
+                first = np.searchsorted(query[order], rows_Q)
+                order = order[np.arange(len(order)) - first[query[order]] < count]
+                kept = [(query[order], position[order], value[order])]
+                if len(order) == total * count:  # each query has as many as it wants, and the last bounds what follows
+                    limit_Q = value[order].reshape(total, count)[:, -1]
+        _, position, value = kept[0]
+        return torch.from_numpy(value.reshape(total, count)), torch.from_numpy(position.reshape(total, count))
+
+    def _scores(self, rows: Tensor, columns: Tensor, offset: Tensor) -> Tensor:
+        """offset - 2 rows @ columns.T, in memory that the next call overwrites: fresh memory costs page faults."""
+        if len(self._scratch) < len(rows) * len(columns):
+            self._scratch = torch.empty(len(rows) * len(columns), device=self.device)
+        score = self._scratch[: len(rows) * len(columns)].view(len(rows), len(columns))
+        with _full_precision(self.device):
+            return torch.addmm(offset, rows, columns.T, alpha=-2, out=score)
+
+    def use_threads(self, threads: int) -> None:
+        """Nothing: torch's thread count belongs to the whole process, whose owner has set it."""
+
+
 class FaissEngine:
     name = "faiss"
+    device = torch.device("cpu")
+    block = CPU_BLOCK
 
     def __init__(self) -> None:
         import faiss
 
         self._faiss: Any = faiss
 
-    def nearest(self, centroids_KD: NDArray[np.float32]) -> Nearest:
+    def nearest(self, centroids_KD: NDArray[np.float32], second: bool = False) -> Nearest:
         centroids_KD = np.ascontiguousarray(centroids_KD, dtype=np.float32)
+        wanted = 2 if second and len(centroids_KD) > 1 else 1
 
-        def block(rows_ND: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            sqdist_N1, label_N1 = self._faiss.knn(rows_ND, centroids_KD, 1)
-            return sqdist_N1[:, 0], label_N1[:, 0]
+        def block(rows: Tensor) -> Found:
+            sqdist_NK, label_NK = self._faiss.knn(rows.numpy(), centroids_KD, wanted)
+            sqdist, label = torch.from_numpy(sqdist_NK), torch.from_numpy(label_NK)
+            second_N = None
+            if second:
+                second_N = sqdist[:, 1] if wanted == 2 else torch.full((len(rows),), torch.inf)
+            return Found(sqdist[:, 0], label[:, 0], second_N)
 
         return block
 
-    def search(self, queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-        position_QK: NDArray[np.int64] = self._faiss.knn(np.ascontiguousarray(queries_QD), rows_ND, count)[1]
-        return position_QK
+    def search(
+        self, queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        sqdist_QK, position_QK = self._faiss.knn(np.ascontiguousarray(queries_QD), rows_ND, count)
+        return sqdist_QK, position_QK
 
     def use_threads(self, threads: int) -> None:
         self._faiss.omp_set_num_threads(threads)
 
+    def graph(self, rows_ND: NDArray[np.float32]) -> Callable[[NDArray[np.float32], int, int], tuple[Any, Any]]:
+        """Build an HNSW graph (32 links, a copy of the rows in it); returns search(queries, count, breadth)."""
+        index = self._faiss.IndexHNSWFlat(rows_ND.shape[1], 32)
+        index.hnsw.efConstruction = 80
+        index.add(np.ascontiguousarray(rows_ND))
 
-class TorchEngine:
-    name = "torch"
+        def search(queries_QD: NDArray[np.float32], count: int, breadth: int) -> tuple[Any, Any]:
+            parameters = self._faiss.SearchParametersHNSW(efSearch=breadth)
+            return index.search(np.ascontiguousarray(queries_QD), count, params=parameters)  # type: ignore[no-any-return]
 
-    def nearest(self, centroids_KD: NDArray[np.float32]) -> Nearest:
-        centroids = torch.tensor(centroids_KD, dtype=torch.float32)  # a copy: the array may be read-only
-        squared_K = centroids.square().sum(1)
-        parts = [slice(start, start + _CENTROIDS) for start in range(0, len(centroids), _CENTROIDS)]
-        score_buffer, equal_buffer = torch.empty(0), np.empty(0, dtype=bool)  # fresh memory would cost page faults
-
-        def block(rows_ND: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            nonlocal score_buffer, equal_buffer
-            rows = torch.from_numpy(rows_ND)
-            if len(score_buffer) < len(rows) * min(len(centroids), _CENTROIDS):
-                score_buffer = torch.empty(len(rows) * min(len(centroids), _CENTROIDS))
-                equal_buffer = np.empty(len(score_buffer), dtype=bool)
-            best_N = np.full(len(rows), np.inf, dtype=np.float32)
-            label_N = np.zeros(len(rows), dtype=np.int64)
-            for part in parts:
-                shape = (len(rows), len(squared_K[part]))
-                score = score_buffer[: math.prod(shape)].view(shape)
-                torch.addmm(squared_K[part], rows, centroids[part].T, alpha=-2, out=score)
-                # The minimum, then the first place it stands at: 2.4 times as fast as torch's min with indices.
-                value_N = score.amin(1).numpy()
-                equal = equal_buffer[: math.prod(shape)].reshape(shape)
-                place_N = np.equal(score.numpy(), value_N[:, None], out=equal).argmax(1)
-                closer_N = value_N < best_N
-                best_N[closer_N], label_N[closer_N] = value_N[closer_N], part.start + place_N[closer_N]
-            sqdist_N = torch.from_numpy(best_N).add_(rows.square().sum(1)).clamp_min_(0)
-            return sqdist_N.numpy(), label_N
-
-        return block
-
-    def search(self, queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-        queries, rows = torch.tensor(queries_QD), torch.from_numpy(rows_ND)
-        best = torch.empty(len(queries), 0)
-        position = torch.empty(len(queries), 0, dtype=torch.int64)
-        for start in range(0, len(rows), _SEARCH_BLOCK):
-            block = rows[start : start + _SEARCH_BLOCK]
-            score = torch.addmm(block.square().sum(1), queries, block.T, alpha=-2)
-            near, where = score.topk(min(count, len(block)), largest=False)
-            best, position = torch.cat([best, near], 1), torch.cat([position, where + start], 1)
-            best, order = best.topk(min(count, best.shape[1]), largest=False)
-            position = position.gather(1, order)
-        return position.numpy()
-
-    def use_threads(self, threads: int) -> None:
-        """Nothing: torch's thread count belongs to the whole process, whose owner has set it."""
+        return search
 
 
-def load(name: EngineName = "auto") -> Engine:
-    """The engine; ``auto`` is faiss where it can be imported. Raises ValueError when faiss is asked for and absent."""
+class FaissGpuEngine(TorchEngine):
+    """Neighbours by faiss on the GPU. k-means stays torch's: faiss would send the rows there for every pass as well,
+    and adds the clusters up in float32."""
+
+    name = "faiss"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        import faiss
+
+        self._faiss: Any = faiss
+        self._resources = faiss.StandardGpuResources()
+        self._resources.setTempMemory(_FAISS_TEMP)
+
+    def search(
+        self, queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if count > 2048:  # the most that faiss finds on a GPU
+            return super().search(queries_QD, rows_ND, count)
+        sqdist_QK, position_QK = self._faiss.knn_gpu(
+            self._resources,
+            np.ascontiguousarray(queries_QD),
+            rows_ND,
+            count,
+            device=self.device.index,
+            vectorsMemoryLimit=_FAISS_TEMP,
+        )
+        return sqdist_QK, position_QK
+
+
+def load(name: EngineName = "auto", device: DeviceName = "cpu") -> Engine:
+    """The engine; ``auto`` is faiss where it can be imported. Raises ValueError naming what is missing."""
+    found = problems(name, device)
+    if found:
+        raise ValueError("; ".join(found))
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    if device == "gpu":
+        place = torch.device("cuda", torch.cuda.current_device())
+        return FaissGpuEngine(place) if name != "torch" and has_faiss and _faiss_gpus() else TorchEngine(place)
+    return FaissEngine() if name != "torch" and has_faiss else TorchEngine()
+
+
+def problems(name: EngineName = "auto", device: DeviceName = "cpu", option: str = "mining") -> list[str]:
+    """Why this machine cannot give what is asked: one line each with the option and the fix, [] when it can.
+
+    faiss itself would fall back to the CPU without a word when a GPU is asked for and there is none.
+    """
+    found = []
     present = importlib.util.find_spec("faiss") is not None
-    if name == "torch" or (name == "auto" and not present):
-        return TorchEngine()
-    if not present:
-        raise ValueError("engine = 'faiss' but faiss is not installed: pip install 'raycon[cpu]', or engine = 'torch'")
-    return FaissEngine()
+    if name == "faiss" and not present:
+        found.append(f"{option}.engine = faiss but faiss is not installed: pip install 'raycon[cpu]', or give torch")
+    if name != "torch" and len(several := faiss_distributions()) > 1:
+        found.append(
+            f"{' and '.join(several)} are installed, which write the same folder faiss/: pip uninstall them all, then "
+            f"install one, or give {option}.engine = torch"
+        )
+    if device == "gpu" and not torch.cuda.is_available():
+        found.append(f"{option}.device = gpu but torch {torch.__version__} finds no CUDA device here: give cpu")
+    elif device == "gpu" and name == "faiss" and present and not _faiss_gpus():
+        found.append(
+            f"{option}.engine = faiss and {option}.device = gpu, but the faiss installed here sees no GPU: "
+            f"install 'raycon[gpu]' in place of faiss-cpu, or give {option}.engine = torch"
+        )
+    return found
+
+
+def faiss_distributions() -> list[str]:
+    """The names of the installed distributions that bring faiss; empty where it was built by hand."""
+    return [name for name in _DISTRIBUTIONS if any(importlib.metadata.Distribution.discover(name=name))]
+
+
+def _faiss_gpus() -> int:
+    import faiss
+
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+
+
+def _lowest(score_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest value of each row and the first place it stands at."""
+    if score_NK.device.type != "cpu":
+        value_N, place_N = score_NK.min(1)
+        return value_N, place_N
+    place_N = torch.from_numpy(score_NK.numpy().argmin(1))  # vectorised: a quarter of the time of torch's min
+    return score_NK.gather(1, place_N[:, None])[:, 0], place_N
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32, whatever the training has set: its 10-bit mantissa would move rows between clusters."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,5 +1,8 @@
 """Exact k-means over shards: the coordinator's side, which holds centroids and no features.
 
+An algorithm is a generator: it yields what it wants of a pass over the data (``Ask``), is sent the merged answer, and
+returns a ``Clustering``. ``together`` runs several of them at once, and those that ask for the same rows share a pass.
+
 ``official`` is faiss's algorithm (faiss/Clustering.cpp, 1.15), as PCL and Cl-InfoNCE call it: k distinct rows drawn by
 a seeded permutation, a fixed number of Lloyd iterations, several restarts of which the lowest objective is kept, and
 its rule for empty clusters. Two things differ: sums are exact (faiss adds in float32), and no row is ever left out
@@ -10,6 +13,7 @@ Shape letters: N rows of the data set, K clusters, D feature width.
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +44,64 @@ class Clustering(NamedTuple):
     objective: float
     """Sum of squared distances before the last update: what restarts are compared by."""
     iterations: int
-    """Passes over the data, of all restarts together."""
+    """Passes over the data, of all restarts together (of slices of it: their number divided by that of the slices)."""
+    weight_K: NDArray[np.float64] | None = None
+    """Balanced: added to the squared distances when rows choose their centroid; None: nothing is."""
+    coarse_GD: NDArray[np.float32] | None = None
+    """On two levels: the coarse centroids. Those below one lie together in ``centroids_KD``."""
+    ends_G: NDArray[np.int64] | None = None
+    """On two levels: where in ``centroids_KD`` the centroids below each coarse one end."""
+
+
+class Ask(NamedTuple):
+    """One pass over the data: the rows first, first + stride, ... are assigned to the centroids and added up."""
+
+    centroids_KD: NDArray[np.float32]
+    slice_of: tuple[int, int] = (0, 1)
+    weight_K: NDArray[np.float64] | None = None
+
+
+class Sums(NamedTuple):
+    """The answer."""
+
+    sums_KD: NDArray[np.float64]
+    counts_K: NDArray[np.int64]
+    objective: float
+
+
+Running = Generator[Ask, Sums, Clustering]
+
+
+def together(fan_out: FanOut, data: Data, runs: Sequence[Running]) -> list[Clustering]:
+    """The results of several clusterings, run side by side: each is the same, to the bit, as if it ran alone."""
+    done: dict[int, Clustering] = {}
+    asks: dict[int, Ask] = {}
+
+    def go_on(i: int, answer: Sums | None) -> None:
+        try:
+            asks[i] = next(runs[i]) if answer is None else runs[i].send(answer)
+        except StopIteration as end:
+            asks.pop(i, None)
+            done[i] = end.value
+
+    for i in range(len(runs)):
+        go_on(i, None)
+    while asks:
+        first = next(iter(asks.values()))
+        group = [
+            i
+            for i, ask in asks.items()
+            if ask.slice_of == first.slice_of and (ask.weight_K is None) == (first.weight_K is None)
+        ]
+        weight_K = None
+        if first.weight_K is not None:
+            weight_K = np.concatenate([w for i in group if (w := asks[i].weight_K) is not None])
+        centroids_KD = np.concatenate([asks[i].centroids_KD for i in group])
+        sizes = tuple(len(asks[i].centroids_KD) for i in group)
+        answers = fan_out("steps", data.version, centroids_KD, sizes, data.rows, data.radius, first.slice_of, weight_K)
+        for number, i in enumerate(group):
+            go_on(i, Sums(*merge_steps([answer[number] for answer in answers])))
+    return [done[i] for i in range(len(runs))]
 
 
 def faiss_permutation(rows: int, count: int, seed: int) -> NDArray[np.int64]:
@@ -94,26 +155,39 @@ def update(
     """The new centroids: means, empty clusters refilled by splitting, rows normalised when spherical."""
     centroids_KD = (sums_KD / np.maximum(counts_K, 1)[:, None]).astype(np.float32)
     split_empty(centroids_KD, counts_K, rows)
-    return _unit(centroids_KD) if spherical else centroids_KD
+    return unit(centroids_KD) if spherical else centroids_KD
 
 
 def lloyd(
-    fan_out: FanOut, data: Data, centroids_KD: NDArray[np.float32], iterations: int, spherical: bool = False
+    fan_out: FanOut,
+    data: Data,
+    centroids_KD: NDArray[np.float32],
+    iterations: int,
+    spherical: bool = False,
+    tolerance: float = 0.0,
 ) -> Clustering:
-    """Lloyd's iterations from given centroids; ends early when an iteration changes nothing.
+    """``run_lloyd``, alone."""
+    return together(fan_out, data, [run_lloyd(data, centroids_KD, iterations, spherical, tolerance)])[0]
+
+
+def run_lloyd(
+    data: Data, centroids_KD: NDArray[np.float32], iterations: int, spherical: bool = False, tolerance: float = 0.0
+) -> Running:
+    """Lloyd's iterations from given centroids; ends early when an iteration changes nothing, or lowers the objective
+    by ``tolerance`` of it or less (0: runs on).
 
     Spherical k-means is the same with unit centroids: for unit rows the smallest distance is the largest cosine.
     """
     objective, passes = float("inf"), 0
     for _ in range(iterations):
-        steps = fan_out("step", data.version, centroids_KD, data.rows, data.radius)
-        sums_KD, counts_K, objective = merge_steps(steps)
+        before = objective
+        sums_KD, counts_K, objective = yield Ask(centroids_KD)
         new_KD = update(sums_KD, counts_K, data.rows, spherical)
         passes += 1
         # Sums are exact, so the centroids stay what they are, to the bit, exactly when no row changes its cluster.
         fixed = np.array_equal(new_KD, centroids_KD)
         centroids_KD = new_KD
-        if fixed:
+        if fixed or (tolerance > 0 and before - objective <= tolerance * before < np.inf):
             break
     return Clustering(centroids_KD, objective, passes)
 
@@ -121,17 +195,24 @@ def lloyd(
 def official(
     fan_out: FanOut, data: Data, k: int, *, seed: int, iterations: int, redo: int, spherical: bool = False
 ) -> Clustering:
+    """``run_official``, alone."""
+    run = run_official(fan_out, data, k, seed=seed, iterations=iterations, redo=redo, spherical=spherical)
+    return together(fan_out, data, [run])[0]
+
+
+def run_official(
+    fan_out: FanOut, data: Data, k: int, *, seed: int, iterations: int, redo: int, spherical: bool = False
+) -> Running:
     """A cold start by faiss's rules. Raises ValueError when there are fewer rows than clusters."""
     check_clusters(data.rows, k)
-    if data.rows == k:  # faiss: every row is its own centroid
-        centroids_KD = gather(fan_out, data.version, np.arange(k))
-        return Clustering(_unit(centroids_KD) if spherical else centroids_KD, 0.0, 0)
+    if data.rows == k:
+        return every_row(fan_out, data, spherical)
     best: Clustering | None = None
     passes = 0
     for restart in range(redo):
         start = faiss_permutation(data.rows, k, seed + 1 + restart * _RESTART)
         centroids_KD = gather(fan_out, data.version, start)
-        found = lloyd(fan_out, data, _unit(centroids_KD) if spherical else centroids_KD, iterations, spherical)
+        found = yield from run_lloyd(data, unit(centroids_KD) if spherical else centroids_KD, iterations, spherical)
         passes += found.iterations
         if best is None or found.objective < best.objective:
             best = found
@@ -142,13 +223,34 @@ def official(
 def warm(
     fan_out: FanOut, data: Data, label_N: NDArray[np.int64], k: int, *, iterations: int, spherical: bool = False
 ) -> Clustering:
+    """``run_warm``, alone."""
+    return together(fan_out, data, [run_warm(fan_out, data, label_N, k, iterations=iterations, spherical=spherical)])[0]
+
+
+def run_warm(
+    fan_out: FanOut, data: Data, label_N: NDArray[np.int64], k: int, *, iterations: int, spherical: bool = False
+) -> Running:
     """Start from the means of the present features under earlier labels (N,): unaffected by any turn of the space."""
     check_clusters(data.rows, k)
     if data.rows == k:
-        return official(fan_out, data, k, seed=0, iterations=1, redo=1, spherical=spherical)
-    sums = fan_out("label_sums", data.version, label_N, k, data.rows, data.radius)
-    sums_KD, counts_K, _ = merge_steps(sums)
-    return lloyd(fan_out, data, update(sums_KD, counts_K, data.rows, spherical), iterations, spherical)
+        return every_row(fan_out, data, spherical)
+    return (
+        yield from run_lloyd(data, label_means(fan_out, data, label_N, k, spherical=spherical), iterations, spherical)
+    )
+
+
+def label_means(
+    fan_out: FanOut, data: Data, label_N: NDArray[np.int64], k: int, *, spherical: bool = False
+) -> NDArray[np.float32]:
+    """(K, D) means of the present features under given labels (N,), empty clusters refilled by splitting."""
+    sums_KD, counts_K, _ = merge_steps(fan_out("label_sums", data.version, label_N, k, data.rows, data.radius))
+    return update(sums_KD, counts_K, data.rows, spherical)
+
+
+def every_row(fan_out: FanOut, data: Data, spherical: bool) -> Clustering:
+    """As many clusters as rows: every row is its own centroid, as with faiss."""
+    centroids_KD = gather(fan_out, data.version, np.arange(data.rows))
+    return Clustering(unit(centroids_KD) if spherical else centroids_KD, 0.0, 0)
 
 
 def check_clusters(rows: int, k: int) -> None:
@@ -156,7 +258,7 @@ def check_clusters(rows: int, k: int) -> None:
         raise ValueError(f"{k} clusters of {rows} rows: give 1 .. {rows}")
 
 
-def _unit(centroids_KD: NDArray[np.float32]) -> NDArray[np.float32]:
+def unit(centroids_KD: NDArray[np.float32]) -> NDArray[np.float32]:
     """Unit rows; a row of zeros stays one."""
     norm_K = np.linalg.norm(centroids_KD.astype(np.float64), axis=1)
     return (centroids_KD / np.where(norm_K > 0, norm_K, 1.0)[:, None]).astype(np.float32)

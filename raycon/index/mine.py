@@ -16,15 +16,20 @@ from numpy.typing import NDArray
 
 from raycon.core.config import MiningConfig
 from raycon.core.types import MissingRows, Needs, Snapshot
+from raycon.index.ann import approximate_neighbours
 from raycon.index.density import density
-from raycon.index.kmeans import Clustering, Data, official, warm
+from raycon.index.fast import LocalShard, hierarchical, run_balanced, run_fast, run_minibatch, sampled_start
+from raycon.index.kmeans import Clustering, Data, Running, label_means, run_official, run_warm, together
 from raycon.index.merge import FanOut
 from raycon.index.neighbours import all_neighbours
+from raycon.index.shard import Shard
 
 logger = logging.getLogger(__name__)
 
 WARM_ITERATIONS = 2
 """One already reaches what twenty cold ones do; the second is for features that moved far."""
+PROBES = 8
+"""Coarse clusters in which a row looks for its centroid, when there are two levels."""
 
 
 def mine(
@@ -33,9 +38,11 @@ def mine(
     """The snapshot of ``version`` (CPU tensors) and its metrics: seconds per phase, and the shape of each clustering.
 
     The clustering at position i is seeded with ``seed + i`` (the papers': 0 + i, in every epoch), or started from
-    ``previous`` when mining.init is "warm" and it has a clustering of that size there. Raises MissingRows when rows
-    of this version are missing, ValueError when the features cannot give what is needed.
+    ``previous`` when mining.init is "warm" and it has a clustering of that size there (when it has none, from a sample of
+    the rows). Raises MissingRows when rows of this version are missing, ValueError when the features cannot give what is
+    needed.
     """
+    local = local_shards(mining)
     seconds = dict.fromkeys(("ready", "kmeans", "assign", "density", "neighbours"), 0.0)
 
     @contextmanager
@@ -52,13 +59,11 @@ def mine(
         data = Data(version, rows, max(state.radius for state in states))
     metrics: dict[str, float] = {}
     assignments, prototypes, concentrations = [], [], []
-    for position, k in enumerate(needs.clusterings):
-        with phase("kmeans"):
-            found = _cluster(fan_out, data, position, k, needs, mining, seed, previous)
+    with phase("kmeans"):
+        clusterings = _cluster(fan_out, data, needs, mining, seed, previous, local)
+    for position, (k, found) in enumerate(zip(needs.clusterings, clusterings, strict=True)):
         with phase("assign"):
-            answers = fan_out("assign", version, found.centroids_KD)
-            label_N = np.concatenate([labels for labels, _ in answers])
-            sqdist_N = np.concatenate([sqdist for _, sqdist in answers])
+            label_N, sqdist_N = assign(fan_out, version, found)
         with phase("density"):
             if needs.temperature > 0:
                 phi_K = density(sqdist_N, label_N, k, needs.temperature).phi_K
@@ -69,36 +74,90 @@ def mine(
     neighbours = None
     if needs.neighbours:
         with phase("neighbours"):
-            neighbours = torch.from_numpy(all_neighbours(fan_out, version, rows, needs.neighbours))
+            if mining.neighbours == "exact":
+                row_NK = all_neighbours(fan_out, version, rows, needs.neighbours)
+            else:
+                row_NK, *shares = approximate_neighbours(
+                    fan_out, data, needs.neighbours, local, recall=mining.recall, seed=seed, kind=mining.neighbours
+                )
+                metrics |= dict(zip(("index/neighbours_recall", "index/neighbours_compared"), shares, strict=True))
+            neighbours = torch.from_numpy(row_NK)
+    if mining.storage == "fp16":
+        doubts = fan_out("doubt")
+        metrics["index/rescored"] = sum(d.rescored for d in doubts) / max(sum(d.assigned for d in doubts), 1)
     metrics |= {f"index/{name}_seconds": value for name, value in seconds.items()}
     snapshot = Snapshot(version, tuple(assignments), tuple(prototypes), tuple(concentrations), neighbours)
     return snapshot, metrics
 
 
+def local_shards(mining: MiningConfig) -> LocalShard:
+    """What makes the coordinator's own shards, for samples and parts of the rows; on a GPU where it has one."""
+    device = mining.device if torch.cuda.is_available() else "cpu"
+
+    def local(rows_MD: NDArray[np.float32]) -> Shard:
+        shard = Shard(0, len(rows_MD), rows_MD.shape[1], mining.threads, mining.engine, device)
+        shard.put(0, 0, rows_MD)
+        return shard
+
+    return local
+
+
+def assign(fan_out: FanOut, version: int, found: Clustering) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The cluster of every row (N,) and the squared distance to its centroid (N,)."""
+    if found.ends_G is None:
+        answers = fan_out("assign", version, found.centroids_KD, found.weight_K)
+    else:
+        answers = fan_out("assign_below", version, found.coarse_GD, found.centroids_KD, found.ends_G, PROBES)
+    return np.concatenate([labels for labels, _ in answers]), np.concatenate([sqdist for _, sqdist in answers])
+
+
 def _cluster(
     fan_out: FanOut,
     data: Data,
-    position: int,
-    k: int,
     needs: Needs,
     mining: MiningConfig,
     seed: int,
     previous: Snapshot | None,
-) -> Clustering:
-    if mining.init == "warm" and previous is not None and position < len(previous.assignment):
-        label_N = previous.assignment[position].cpu().numpy()
-        if len(label_N) == data.rows and len(previous.prototypes[position]) == k:
-            return warm(fan_out, data, label_N, k, iterations=WARM_ITERATIONS, spherical=needs.spherical)
-        logger.warning("the last snapshot's clustering %d has another size: starting from scratch", position)
-    return official(
-        fan_out,
-        data,
-        k,
-        seed=seed + position,
-        iterations=mining.iterations,
-        redo=mining.redo,
-        spherical=needs.spherical,
-    )
+    local: LocalShard,
+) -> list[Clustering]:
+    """All clusterings; those that make the same passes over the data make them together."""
+    runs: dict[int, Running] = {}
+    done: dict[int, Clustering] = {}
+    for position, k in enumerate(needs.clusterings):
+        own = {"seed": seed + position, "spherical": needs.spherical}
+        label_N = _earlier(data, position, k, previous) if mining.init == "warm" else None
+        if mining.algorithm == "hierarchical":
+            done[position] = hierarchical(fan_out, data, k, local, iterations=mining.iterations, **own)
+        elif mining.algorithm == "minibatch" or mining.balanced:
+            if label_N is not None:
+                start_KD = label_means(fan_out, data, label_N, k, spherical=needs.spherical)
+            else:
+                start_KD = sampled_start(fan_out, data, k, local, **own)
+            if mining.balanced:
+                runs[position] = run_balanced(
+                    data, k, start_KD, iterations=mining.iterations, spherical=needs.spherical
+                )
+            else:
+                runs[position] = run_minibatch(fan_out, data, k, start_KD, **own)
+        elif label_N is not None:
+            runs[position] = run_warm(fan_out, data, label_N, k, iterations=WARM_ITERATIONS, spherical=needs.spherical)
+        elif mining.init == "warm":
+            runs[position] = run_fast(fan_out, data, k, local, iterations=mining.iterations, **own)
+        else:
+            runs[position] = run_official(fan_out, data, k, iterations=mining.iterations, redo=mining.redo, **own)
+    done |= dict(zip(runs, together(fan_out, data, list(runs.values())), strict=True))
+    return [done[position] for position in range(len(needs.clusterings))]
+
+
+def _earlier(data: Data, position: int, k: int, previous: Snapshot | None) -> NDArray[np.int64] | None:
+    """The labels (N,) that a warm start begins at, None when there are none that fit."""
+    if previous is None or position >= len(previous.assignment):
+        return None
+    label_N: NDArray[np.int64] = previous.assignment[position].cpu().numpy()
+    if len(label_N) == data.rows and len(previous.prototypes[position]) == k:
+        return label_N
+    logger.warning("the last snapshot's clustering %d has another size: starting from scratch", position)
+    return None
 
 
 def _measure(
