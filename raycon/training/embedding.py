@@ -83,8 +83,9 @@ class Folder:
     ) -> None:
         """Begin or go on. Raises ConfigError when the folder holds another embedding, or something else."""
         self.path, self.kind, self.rows, self.parts, self.width = path, kind, rows, parts, width
-        self._head = {"raycon": "embedding", "format": kind, "rows": rows, "parts": parts, "features": width}
-        self._head |= {"identity": dict(identity)}
+        self._identity = dict(identity)
+        self._head: dict[str, Any] = {"raycon": "embedding", "format": kind, "rows": rows, "parts": parts}
+        self._head |= {"features": width, "identity": self._identity}
         file = path / MANIFEST
         self.complete = False
         if file.is_file():
@@ -99,9 +100,8 @@ class Folder:
             self._write_manifest(complete=False)
 
     def _differences(self, found: Mapping[str, Any]) -> str:
-        then, now = dict(found.get("identity", {})), dict(self._head["identity"])
-        then |= {k: found.get(k) for k in self._head if k != "identity"}
-        now |= {k: v for k, v in self._head.items() if k != "identity"}
+        then = dict(found.get("identity", {})) | {k: found.get(k) for k in self._head if k != "identity"}
+        now = self._identity | {k: v for k, v in self._head.items() if k != "identity"}
         keys = [k for k in dict.fromkeys([*then, *now]) if then.get(k) != now.get(k)]
         return ", ".join(f"{k} {then.get(k)!r}, now {now.get(k)!r}" for k in keys)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raycon.core.config import ConfigError, ModelConfig
 from raycon.nn import networks
-from raycon.nn.published import FileError, read
+from raycon.nn.published import FileError, model_of, read
 from raycon.training.interop import load_encoder
 
 
@@ -333,3 +333,13 @@ def test_a_run_starts_from_such_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(own[f"net.{k}"], v) for k, v in other.state_dict().items() if not k.startswith("fc."))
     with pytest.raises(ConfigError, match=r"model\.weights: .*gone\.pth: no such file"):
         networks.build_encoder(replace(config, weights=str(tmp_path / "gone.pth")), channels=3)
+
+
+def test_every_resnet_of_torchvision_is_recognised_by_its_shapes() -> None:
+    names = [n for n in torchvision.models.list_models(module=torchvision.models)
+             if n.startswith(("resnet", "wide_resnet", "resnext"))]  # fmt: skip
+    assert len(names) == 10
+    for name in names:
+        with torch.device("meta"):
+            state = torchvision.models.get_model(name).state_dict()
+        assert model_of(state, "here") == (ModelConfig(encoder=name), 3)
