@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +104,9 @@ def run(
             verbose=0,
         ),
     )
-    with watch:
+    with watch, warnings.catch_warnings():
+        # Tune advises to reuse the actors of ended trials; a stopped trial would then train on until the next one.
+        warnings.filterwarnings("ignore", message="Consider boosting PBT")
         tuner.fit()
     if not (folder / record.STOP).exists():
         shutil.rmtree(cache, ignore_errors=True)
