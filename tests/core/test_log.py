@@ -186,7 +186,7 @@ def test_tensorboard_files_hold_numbers_and_evaluations(tmp_path: Path) -> None:
     metrics = log.Metrics(tmp_path / "metrics.jsonl", log.open_tracker(config, tmp_path))
     metrics.write("train", 1, loss=1.0, text="no number")
     metrics.close()
-    metrics.write("evaluation", 1, **{"knn/top1_k1": 91.25})
+    log.append_line(tmp_path / "metrics.jsonl", {"kind": "evaluation", "step": 1, "knn/top1_k1": 91.25})
     log.publish(config, tmp_path)
     data = b"".join(f.read_bytes() for f in sorted((tmp_path / "tensorboard").glob("events*")))
     assert b"loss" in data
