@@ -188,6 +188,8 @@ class MiningConfig:
     """Ray: each shard writes its features to <run>/index, so that a lost actor comes back with them."""
     cpus: float = 0.0
     """CPUs that Ray sets aside for each shard; 0: shards work on what training leaves."""
+    gpus: float = 0.0
+    """Share of a GPU that Ray sets aside for each shard (device = gpu)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,17 +503,22 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
     require(config.mining.shards >= 1, f"mining.shards = {config.mining.shards}: give 1 or more")
     require(config.mining.iterations >= 1, f"mining.iterations = {config.mining.iterations}: give 1 or more")
     require(config.mining.redo >= 1, f"mining.redo = {config.mining.redo}: give 1 or more")
-    require(
-        0 < config.mining.recall <= 1, f"mining.recall = {config.mining.recall}: give a number above 0, at most 1"
-    )
+    require(0 < config.mining.recall <= 1, f"mining.recall = {config.mining.recall}: give a number above 0, at most 1")
     require(
         not config.mining.balanced or config.mining.algorithm == "exact",
         f"mining.balanced goes with mining.algorithm = exact only: {config.mining.algorithm} does not balance",
     )
     require(config.mining.lag in (0, 1), f"mining.lag = {config.mining.lag}: give 0 (wait for a refresh) or 1")
     require(config.mining.cpus >= 0, f"mining.cpus = {config.mining.cpus}: give 0 or more")
+    require(config.mining.gpus >= 0, f"mining.gpus = {config.mining.gpus}: give 0 or more")
+    require(
+        config.mining.gpus == 0 or config.mining.device == "gpu",
+        f"mining.gpus = {config.mining.gpus} does nothing with mining.device = cpu: give --mining.device gpu",
+    )
     require(config.mining.threads >= 1, f"mining.threads = {config.mining.threads}: give 1 or more")
-    require(config.mining.memory_gb >= 0, f"mining.memory_gb = {config.mining.memory_gb}: give 0 (what is free) or more")
+    require(
+        config.mining.memory_gb >= 0, f"mining.memory_gb = {config.mining.memory_gb}: give 0 (what is free) or more"
+    )
     require(config.log.every_steps >= 1, f"log.every_steps = {config.log.every_steps}: give 1 or more")
     require(
         config.checkpoint.every_steps >= 0, f"checkpoint.every_steps = {config.checkpoint.every_steps}: give 0 or more"

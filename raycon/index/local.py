@@ -25,7 +25,7 @@ class LocalIndex:
     trainer's. With ``world`` > 1 (torch.distributed initialised, every rank makes its index at the same time): this rank
     holds the rows ``shard_range`` gives it, which are those its loader scans, and every rank runs the same coordinator in
     lock step on all ranks' answers, over a process group of its own. ``saved``: a folder of features that rows which were
-    not added are read from.
+    not added are read from. ``engine``: in place of mining.engine.
 
     Raises ValueError when the features would not fit into memory; none is taken before the first are added.
     """
@@ -38,15 +38,16 @@ class LocalIndex:
         seed: int,
         rank: int = 0,
         world: int = 1,
-        engine: EngineName = "auto",
+        engine: EngineName | None = None,
         saved: Saved | None = None,
     ) -> None:
         self.previous: Snapshot | None = None
         """The snapshot a warm start begins at: the last one made, or the one a checkpoint held."""
         self._rows, self._dim, self._world = rows, dim, world
         ranges = [shard_range(rows, rank, world)] if world > 1 else part(rows, mining.shards)
-        check_memory(sum(last - first for first, last in ranges), dim, len(ranges), mining.memory_gb)
-        self._shards = [SavedShard(first, last, dim, mining.threads, engine, saved=saved) for first, last in ranges]
+        check_memory(sum(last - first for first, last in ranges), dim, len(ranges), mining.memory_gb, mining.storage)
+        kind = (dim, mining.threads, engine or mining.engine, mining.device, mining.storage)
+        self._shards = [SavedShard(first, last, *kind, saved=saved) for first, last in ranges]
         self._pool = ThreadPoolExecutor(len(self._shards), thread_name_prefix="index")
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="index-refresh")
         self._begun: tuple[int, Needs, Future[tuple[Snapshot, dict[str, float]]]] | None = None

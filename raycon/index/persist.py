@@ -95,7 +95,7 @@ class PartWriter:
             stored = np.ascontiguousarray(block_ND, dtype=storage)
         if storage == "float16" and not np.isfinite(stored).all():
             raise ValueError("a feature is too large for float16 (65504): write float32, or normalise the rows")
-        data = memoryview(stored).cast("B")
+        data = stored.data.cast("B")
         self._left -= len(data)
         assert self._left >= 0, "more rows than announced"
         self._handle.write(data)

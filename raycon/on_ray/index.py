@@ -84,9 +84,10 @@ class IndexShard:
     """A raycon.index.service.SavedShard behind Ray."""
 
     def __init__(self, spec: IndexSpec, number: int) -> None:
-        torch.set_num_threads(spec.mining.threads)
-        first, last = spec.ranges[number]
-        self._shard = SavedShard(first, last, spec.dim, spec.mining.threads, saved=spec.saved)
+        mining = spec.mining
+        torch.set_num_threads(mining.threads)
+        kind = (spec.dim, mining.threads, mining.engine, mining.device, mining.storage)
+        self._shard = SavedShard(*spec.ranges[number], *kind, saved=spec.saved)
         self._meters = ShardMeters(spec.run_name, number)
 
     def ping(self) -> None:
@@ -287,8 +288,11 @@ def start_index(
     if saved is not None and saved.write and not exists:
         clear(saved.folder)
     common = {"namespace": namespace, "get_if_exists": True, "scheduling_strategy": "SPREAD"}
+    shard: Any = IndexShard
     shards = [
-        IndexShard.options(name=name, num_cpus=mining.cpus, memory=memory, **common).remote(spec, number)  # type: ignore[attr-defined]
+        shard.options(name=name, num_cpus=mining.cpus, num_gpus=mining.gpus, memory=memory, **common).remote(
+            spec, number
+        )
         for number, name in enumerate(spec.shard_names)
     ]
     coordinator = IndexCoordinator.options(name=spec.coordinator_name, **common).remote(spec)  # type: ignore[attr-defined]
@@ -300,7 +304,7 @@ def start_index(
             stop_index(spec)  # else they would wait on for their place
         raise RuntimeError(
             f"the {len(shards)} index actors of {run_name!r} did not start within {start_timeout_s:g} s; each asks for "
-            f"{memory / _MB:.0f} MB and mining.cpus = {mining.cpus:g}, free are {ray.available_resources()}"
+            f"{memory / _MB:.0f} MB and mining.cpus = {mining.cpus:g}, mining.gpus = {mining.gpus:g}; free are {ray.available_resources()}"
         ) from None
     found = ray.get(coordinator.spec.remote(), timeout=silence_s)
     if found != spec:
@@ -320,7 +324,7 @@ def stop_index(spec: IndexSpec) -> None:
 def _check_memory(spec: IndexSpec, exists: bool) -> int:
     """Bytes one shard needs at most. Raises ConfigError when there is less, in all or on every node."""
     shards = len(spec.ranges)
-    need = shard_bytes(spec.rows, spec.dim, shards)
+    need = shard_bytes(spec.rows, spec.dim, shards, spec.mining.storage)
     what = f"an index of {spec.rows} x {spec.dim} features needs {need * shards / _MB:.0f} MB on {shards} actors"
     limit = spec.mining.memory_gb * 1e9
     if limit and need > limit:

@@ -70,14 +70,17 @@ def placement_problems(config: RunConfig) -> list[str]:
                 f"lower scaling.workers or scaling.{what.lower()}s-per-worker, or add nodes "
                 "(--scaling.autoscaling when they come by themselves)"
             )
-    mining, workers = config.mining, scaling.cpus_per_worker * scaling.workers
+    mining = config.mining
     if config.method.needs().snapshot and not found:
-        cpus = workers + mining.cpus * mining.shards
-        if cpus > there.get("CPU", 0.0):
-            found.append(
-                f"mining.cpus = {mining.cpus:g} x mining.shards = {mining.shards} beside {workers:g} CPU for the workers "
-                f"can never be placed: the cluster has {there.get('CPU', 0):g} CPU; lower one of them, or add nodes"
-            )
+        shares = (("CPU", mining.cpus, scaling.cpus_per_worker), ("GPU", mining.gpus, scaling.gpus_per_worker))
+        for what, each, worker in shares:
+            workers = worker * scaling.workers
+            if each and workers + each * mining.shards > there.get(what, 0.0):
+                found.append(
+                    f"mining.{what.lower()}s = {each:g} x mining.shards = {mining.shards} beside {workers:g} {what} for "
+                    f"the workers can never be placed: the cluster has {there.get(what, 0):g} {what}; lower one of them, "
+                    "or add nodes"
+                )
     return found
 
 

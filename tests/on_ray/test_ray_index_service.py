@@ -171,7 +171,7 @@ def test_prometheus_hears_of_it(spec: IndexSpec, port: int) -> None:
 
 
 def test_what_cannot_be_placed_is_refused(spec: IndexSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=r"did not start within 1 s; .* mining.cpus = 2, free"):
+    with pytest.raises(RuntimeError, match=r"did not start within 1 s; .* mining.cpus = 2, mining.gpus = 0; free"):
         start_index("cpus", ROWS, DIM, replace(MINING, cpus=2.0), "raycon", seed=0, start_timeout_s=1.0)
     with pytest.raises(ValueError, match="cpus/index"):
         ray.get_actor("cpus/index/1", "raycon")
