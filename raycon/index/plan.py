@@ -50,7 +50,7 @@ class Plan:
     neighbours: int
     shards: int
     passes: int
-    """Passes over the data, of all clusterings together, the last assignments included."""
+    """Of k-means, summed over the clusterings, the last assignments included."""
     feature_bytes: int
     """The features of one shard."""
     shard_bytes: int
@@ -135,10 +135,11 @@ def plan(
     machine = machine or Machine()
     shards = min(shards, rows)
     steps, starts = (2, 1) if warm else (iterations * redo, redo)
-    passes, calls, flops, sent, received = 0, 1, 0.0, 0, 0  # one call asks for the state
+    passes, flops, sent, received = 0, 0.0, 0, 0
+    # One call asks for the state; all clusterings share the calls of their iterations.
+    calls = 1 + (steps if clusters else 0) + len(clusters) * (starts + 1)
     for k in clusters:
         passes += steps + 1
-        calls += steps + 1 + starts
         flops += 2.0 * rows * k * dim * (steps + 1)
         sent += shards * (steps + 1) * k * dim * 4
         received += shards * steps * k * (dim * 8 + 8) + rows * 12
@@ -164,7 +165,7 @@ def plan(
         feature_bytes=feature_bytes(rows, dim, shards, storage),
         shard_bytes=shard_bytes(rows, dim, shards, storage),
         snapshot_bytes=snapshot,
-        coordinator_bytes=2 * snapshot + 24 * rows + shards * max(clusters, default=0) * (dim * 8 + 8),
+        coordinator_bytes=2 * snapshot + 24 * rows + shards * sum(clusters) * (dim * 8 + 8),
         flops=flops,
         added_bytes=rows * dim * 4,
         sent_bytes=sent,

@@ -20,6 +20,7 @@ def snapshot_of(needs: Needs, mining: MiningConfig, times: int = 1) -> tuple[int
     for version in range(times):
         index.add(version, 0, x + 0.3 * version)
         snapshot, metrics = index.snapshot(version, needs)
+    metrics["calls"] = index._miner._calls.total()
     tensors = [*snapshot.assignment, *snapshot.prototypes]
     tensors += [] if snapshot.neighbours is None else [snapshot.neighbours]
     return sum(t.nbytes for t in tensors), metrics
@@ -33,8 +34,8 @@ def test_sizes_are_those_of_a_counted_run(shards: int) -> None:
     assert made.snapshot_bytes == held
     assert made.passes == 2 * (3 * 2 + 1)
     assert made.sent_bytes == pytest.approx(metrics["mining/bytes_sent"], rel=0.03)
-    # Exact search asks every shard for a few candidates more than wanted, so this is a little above.
     assert made.received_bytes == pytest.approx(metrics["mining/bytes_received"], rel=0.03)
+    assert made.call_seconds == pytest.approx(0.013 * metrics["calls"])
 
 
 def test_warm_sizes() -> None:
@@ -42,6 +43,7 @@ def test_warm_sizes() -> None:
     _, metrics = snapshot_of(Needs(clusterings=(50,)), mining, times=2)
     made = plan(ROWS, DIM, (50,), 2, warm=True)
     assert made.passes == 3
+    assert made.call_seconds == pytest.approx(0.013 * metrics["calls"])
     assert made.sent_bytes == pytest.approx(metrics["mining/bytes_sent"], rel=0.03)
     assert made.received_bytes == pytest.approx(metrics["mining/bytes_received"], rel=0.03)
 
