@@ -28,11 +28,13 @@ from . import place, record
 from .propose import Proposer
 from .record import ENDED, Plan, Record, Trial
 from .space import Choice, Space, in_flight
-from .study import Study, scored
-from .trial import orders_of, trainable_class
+from .study import Study
+from .trial import TrialFailed, orders_of, trainable_class
 from .watch import Watch
 
 _CACHE = ".tune"
+_CAUSE = 600
+"""Most letters of an error that are kept."""
 _NUMBER = "raycon_trial"
 """In Tune's configuration of a trial when it is made: its number, which becomes its name."""
 SCORE, EPOCH = "score", "epoch"
@@ -294,12 +296,8 @@ class Keeper(tune.Callback):
 
 
 def cause(trial: Any) -> str:
-    """The last line of what made a trial fail: the error and its message."""
-    error = trial.get_error()
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "its process died"
-
-
-def scored_base(study: Study) -> RunConfig:
-    """The base configuration as the trials run it; PBT's exchanged checkpoints must not be pruned too early."""
-    return scored(study.base, study.metric, study.validation, study.every_epochs, keep=2)
+    """The last line of what made a trial fail: the message of the error."""
+    file = Path(trial.error_file or "")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1].removeprefix(f"{TrialFailed.__module__}.{TrialFailed.__name__}: ")[:_CAUSE] if said else "it died"

@@ -23,6 +23,7 @@ from ray import tune
 
 from raycon import methods
 from raycon.core.config import RunConfig, from_dict, to_dict
+from raycon.core.log import read_lines
 
 from .place import DRIVER_MEMORY
 from .study import trial_config
@@ -113,8 +114,9 @@ class PretrainTrial(tune.Trainable):
             if self.orders.stop_file and Path(self.orders.stop_file).exists():
                 return self._interrupted()
         if self._error is not None:
-            raise TrialFailed(f"{type(self._error).__name__}: {self._error}")
-        raise TrialFailed(f"{self._run_dir}: the run ended and its last checkpoint was not evaluated; see its log.txt")
+            raise TrialFailed(str(self._error) or type(self._error).__name__)
+        said = [line["text"] for line in read_lines(self._run_dir / "metrics.jsonl") if line.get("kind") == "event"]
+        raise TrialFailed(f"the run ended and its last checkpoint was not evaluated; its last words: {said[-1:]}")
 
     def _entries(self) -> list[dict[str, Any]]:
         from raycon.evals.base import read_results
