@@ -170,7 +170,16 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable image ({error}); remove or replace the file") from error
+        raise ValueError(f"{name}: not a readable image ({damage(error)}); remove or replace the file") from error
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with an image that PIL refused, in a line."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known format"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
