@@ -61,7 +61,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
 
 @pytest.mark.chaos
 def test_a_sweep_survives_a_crash_and_the_death_of_its_driver(tmp_path: Path) -> None:
-    """Trial 1 crashes for good (NaN), the driver is killed after the first end; resumed, nothing is done twice."""
+    """One trial crashes for good (NaN), the driver is killed after the first end; resumed, nothing is done twice."""
     folder = tmp_path / "sweep"
     study = tmp_path / "mine.py"
     study.write_text(
@@ -70,7 +70,7 @@ def test_a_sweep_survives_a_crash_and_the_death_of_its_driver(tmp_path: Path) ->
         "from raycon.tuning.study import find\n"
         "def mine():\n"
         "    base = find('digits-temperature')()\n"
-        "    space = {'train.lr': choice(0.05, 1e30, 0.1)}\n"  # the second one is no number after a step
+        "    space = {'train.lr': choice(0.05, 1e30, 0.1)}\n"  # with one of them the loss is soon no number
         "    return dataclasses.replace(base, space=space, searcher='grid', scheduler='asha', reduction=2)\n"
     )
     ask = command(f"{study}:mine", *TINY[1:], "--dir", str(folder), "--max-concurrent", "1")
@@ -90,13 +90,16 @@ def test_a_sweep_survives_a_crash_and_the_death_of_its_driver(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     plan = open_plan(folder)
     trials = read_trials(folder, plan.study)
-    assert [t.state for t in trials.values()] in (["finished", "failed", "finished"], ["finished", "failed", "stopped"])
-    assert "NotFinite" in trials[1].error
-    assert trials[1].retries == 1
+    (failed,) = [t for t in trials.values() if t.options["train.lr"] == 1e30]
+    others = [t for t in trials.values() if t is not failed]
+    assert (failed.state, failed.retries) == ("failed", 1)
+    assert "not finite in step" in failed.error
+    assert {t.state for t in others} <= {"finished", "stopped"}
+    assert trials[0].state == "finished"
     # Nothing was repeated: the finished trial was not touched, every step of the others is there once.
     assert {p: p.read_bytes() for p in before} == before
     assert [e["trial"] for e in events(folder, "start")].count(0) == 1
-    for trial in (trials[0], trials[2]):
+    for trial in others:
         steps = steps_of(folder / trial.folder)
         assert steps == list(range(1, len(steps) + 1))
     assert len({t.folder for t in trials.values()}) == 3
