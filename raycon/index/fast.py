@@ -153,7 +153,7 @@ def run_balanced(
 
     Rows choose the centroid of the smallest squared distance plus weight (a power diagram), and the weights follow the
     logarithm of size / (N / K): subgradient steps on the dual of the transport problem whose solution gives every
-    cluster the same mass, each weight with a step of its own that grows while the sign stays and halves when it turns
+    cluster the same mass, each weight with a step of its own that grows while the sign stays and shrinks when it turns
     (Rprop). The most even iteration is returned. Sizes come near to N / K, they are not forced to be equal.
     """
     check_clusters(data.rows, k)
@@ -169,9 +169,9 @@ def run_balanced(
         centroids_KD = unit(means_KD) if spherical else means_KD
         over_K = np.log((counts_K + 1) * k / (data.rows + k)).clip(-1, 1)
         if i == 0:
-            step_K[:] = 0.1 * objective / data.rows
+            step_K[:] = 0.02 * objective / data.rows
         else:
-            step_K *= np.where(over_K * before_K > 0, 1.2, 0.5)
+            step_K = np.minimum(step_K * np.where(over_K * before_K > 0, 1.1, 0.7), 0.1 * objective / data.rows)
         before_K = over_K
         weight_K = weight_K + step_K * over_K
         weight_K -= weight_K.mean()

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def _cluster(
     runs: dict[int, Running] = {}
     done: dict[int, Clustering] = {}
     for position, k in enumerate(needs.clusterings):
-        own = {"seed": seed + position, "spherical": needs.spherical}
+        own: dict[str, Any] = {"seed": seed + position, "spherical": needs.spherical}
         label_N = _earlier(data, position, k, previous) if mining.init == "warm" else None
         if mining.algorithm == "hierarchical":
             done[position] = hierarchical(fan_out, data, k, local, iterations=mining.iterations, **own)
