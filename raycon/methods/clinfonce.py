@@ -161,7 +161,7 @@ class ClInfoNCE(Method):
         if self.options.form == "single":
             views = [self.embed(self.student, view) for view in batch.views]
             loss, positives = self.single_loss(views, batch.row if cluster_B is None else cluster_B)
-            return Output(loss, {"embedding": views[0].detach()}, {"cluster/positives": positives})
+            return Output(loss, {"embedding": views[0].detach(), "pair": views[1].detach()}, {"cluster/positives": positives})
         first_one, second_one = self.embed_each(self.student, batch.views[0])
         first_two, second_two = self.embed_each(self.student, batch.views[1])
         loss, right = self.instance_loss(torch.cat([first_one, first_two]))
@@ -170,7 +170,7 @@ class ClInfoNCE(Method):
             cluster, positives = self.dual_loss(second_one, second_two, cluster_B)
             loss = loss + self.options.weight * cluster
             metrics |= {"loss/cluster": cluster.detach(), "cluster/positives": positives}
-        return Output(loss, {"embedding": first_one.detach()}, metrics)
+        return Output(loss, {"embedding": first_one.detach(), "pair": first_two.detach()}, metrics)
 
     def cluster_of(self, batch: Batch, mined: Mined) -> Tensor | None:
         """(B,) cluster ids; None while there are none. A row without a label is a cluster of its own."""

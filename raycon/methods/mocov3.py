@@ -78,7 +78,7 @@ class MoCoV3(Method):
         for query, key in zip(query_BD, reversed(key_BD), strict=True):
             direction, accuracy = self.direction(query, key)
             loss, right = loss + direction, right + accuracy
-        return Output(loss, {"embedding": query_BD[0].detach()}, {"accuracy/instance": right / 2})
+        return Output(loss, {"embedding": query_BD[0].detach(), "pair": key_BD[1]}, {"accuracy/instance": right / 2})
 
     def direction(self, query_BD: Tensor, key_BD: Tensor) -> tuple[Tensor, Tensor]:
         """2 x temperature x InfoNCE over the keys of all ranks, and how often the own key is the nearest."""

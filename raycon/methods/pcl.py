@@ -115,7 +115,7 @@ class PCL(Method):
             prototype, right = self.prototype_loss(query_BD, batch.row, mined)
             loss = instance + self.options.weight * prototype
             metrics |= {"loss/prototype": prototype.detach(), "accuracy/prototype": right}
-        return Output(loss, {"key": key_BD, "embedding": query_BD.detach()}, metrics)
+        return Output(loss, {"key": key_BD, "embedding": query_BD.detach(), "pair": key_BD}, metrics)
 
     def prototype_loss(self, query_BD: Tensor, row_B: Tensor, mined: Mined) -> tuple[Tensor, Tensor]:
         """ProtoNCE's second term (eq. 11): the mean over granularities, and how often the own prototype is nearest.

@@ -74,7 +74,7 @@ class ReSSL(Method):
         key_BD = self.embed_shuffled(self.teacher, weak, permutation)
         query_BD = self.embed(self.student, strong)
         loss = self.relation_loss(query_BD, key_BD)
-        return Output(loss, {"key": key_BD, "embedding": query_BD.detach()}, {})
+        return Output(loss, {"key": key_BD, "embedding": query_BD.detach(), "pair": key_BD}, {})
 
     def relation_loss(self, query_BD: Tensor, key_BD: Tensor) -> Tensor:
         """Cross-entropy between the key's and the query's distributions over the candidates (eq. 5)."""

@@ -58,7 +58,8 @@ class SimCLR(Method):
         logits_AC = losses.pair_logits(anchor_AD, key_CD, self.options.temperature, own_A)
         loss = losses.cross_entropy(logits_AC, other_A)
         metrics = {"accuracy/instance": losses.accuracy(logits_AC, other_A)}
-        return Output(loss, {"embedding": anchor_AD[: len(batch.row)].detach()}, metrics)
+        rows = len(batch.row)
+        return Output(loss, {"embedding": anchor_AD[:rows].detach(), "pair": anchor_AD[rows : 2 * rows].detach()}, metrics)
 
     def features(self, images: Tensor) -> Tensor:
         return self.embed(self.student, images)

@@ -61,7 +61,8 @@ class SupCon(Method):
         loss = losses.cross_entropy(logits_VC, losses.uniform_over(positive_VC))
         right_V = positive_VC.gather(1, logits_VC.argmax(1, keepdim=True))
         metrics = {"accuracy/positive": right_V.float().mean()}
-        return Output(loss, {"embedding": query_VD[: len(batch.row)].detach()}, metrics)
+        rows = len(batch.row)
+        return Output(loss, {"embedding": query_VD[:rows].detach(), "pair": query_VD[rows : 2 * rows].detach()}, metrics)
 
     @torch.no_grad()
     def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor:

@@ -119,7 +119,7 @@ class WCL(Method):
             crop = self.crop_loss(crops, (second_one, second_two), label_2G)
             loss = loss + self.options.crop_weight * crop
             metrics["loss/crop"] = crop.detach()
-        return Output(loss, {"embedding": first_one.detach()}, metrics | telemetry)
+        return Output(loss, {"embedding": first_one.detach(), "pair": first_two.detach()}, metrics | telemetry)
 
     def instance_loss(self, anchor_AD: Tensor) -> tuple[Tensor, Tensor]:
         """NT-Xent over both views of all ranks, first views of this rank before its second ones; and its accuracy."""

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from raycon.nn import health, optim, pictures
 from raycon.training import checkpoint
 from raycon.training.meter import Meter
 from raycon.training.mining import Mining
+from raycon.training.watch import Watch
 
 logger = logging.getLogger("raycon")
 
@@ -62,7 +64,7 @@ def train(
         "world": runtime.world,
         "device": str(device),
     }
-    started |= {"pids": dist.gather_objects(os.getpid())}
+    started |= {"pids": dist.gather_objects(os.getpid()), "hosts": dist.gather_objects(socket.gethostname())}
     metrics.write("start", step, epoch=step // per_epoch, **started)
     net: nn.Module = method
     if runtime.world > 1:
@@ -81,6 +83,7 @@ def train(
     guard = FiniteGuard(optimizer, device)
     meter = Meter(config.train.batch, method, device, net)
     loader.stopwatch = meter.augment
+    watch = Watch(config, method, getattr(getattr(loader, "dataset", None), "label", None), per_epoch, runtime.world)
 
     stopping = False
     while step < steps and not stopping:
@@ -104,15 +107,18 @@ def train(
             guard.check(output.loss, norm, step, batch)
             optimizer.step()
             method.after_step(output.keep, Progress(step, steps, epoch))
+            watch.saw(step, batch, output)
             optimizer.zero_grad(set_to_none=True)
             step += 1
             meter.stepped()
 
             end_of_epoch = step % per_epoch == 0
             if step % config.log.every_steps == 0 or end_of_epoch:
-                log_step(
-                    metrics, meter, output, norm, lr, step, steps, epoch, config, snapshot, dist_health=end_of_epoch
-                )
+                told = watch.read(snapshot) if end_of_epoch and runtime.rank == 0 else {}
+                log_step(metrics, meter, output, norm, lr, step, steps, epoch, config, snapshot, told)
+                if warning := watch.warning(told):
+                    logger.warning("%s", warning)
+                    metrics.write("event", step, epoch=epoch, text=warning)
                 stopping = runtime.should_stop()
             if stopping or due(config, step, per_epoch, steps):
                 guard.flush()
@@ -295,17 +301,15 @@ def log_step(
     epoch: int,
     config: RunConfig,
     snapshot: Snapshot | None,
-    dist_health: bool,
+    told: Mapping[str, float],
 ) -> None:
     """One line of metrics.jsonl: means over the ranks. Reading the numbers is the only host synchronisation."""
     named: Mapping[str, Tensor] = {"loss": output.loss.detach(), **output.metrics}
     values = dist.mean(torch.stack([v.float() for v in named.values()])).tolist()
     numbers = dict(zip(named, values, strict=True)) | {"lr": lr, "gradient_norm": norm.item()}
     if "embedding" in output.keep:
-        embedding = output.keep["embedding"]
-        numbers["health/std"] = float(health.feature_std(embedding))
-        if dist_health:
-            numbers["health/effective_rank"] = float(health.effective_rank(embedding))
+        numbers["health/std"] = float(health.feature_std(output.keep["embedding"]))
+    numbers |= told
     if snapshot is not None:
         numbers["mining/version"] = snapshot.version
     if output.loss.is_cuda:
