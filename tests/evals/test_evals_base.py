@@ -31,7 +31,8 @@ def sets() -> FeatureSets:
 def test_names_and_build() -> None:
     assert {"knn", "linear", "clusters"} <= set(evals.names())
     for name in evals.names():
-        assert hasattr(evals.build(name, EvalConfig()), "run"), f"{name} is no evaluation: is it a helper?"
+        made = evals.build(name, EvalConfig())
+        assert hasattr(made, "run") != hasattr(made, "run_on"), f"{name} is no evaluation: is it a helper?"
     with pytest.raises(ConfigError, match=r"no evaluation 'knnn'; there are .*knn"):
         evals.build("knnn", EvalConfig())
 
@@ -53,6 +54,40 @@ def test_a_crash_takes_no_other_down(sets: FeatureSets, monkeypatch: pytest.Monk
     assert set(outcome.seconds) == {"knn", "linear"}
 
 
+def test_tasks_name_a_protocol_and_a_data_set() -> None:
+    found = evals.parse(["knn", "linear:pcl@cifar10", "knn", "transfer@all"])
+    assert found[:2] == [evals.Task("knn"), evals.Task("linear", "pcl", "cifar10")]
+    assert [t.name for t in found[:3]] == ["knn", "linear:pcl@cifar10", "transfer@food101"]
+    assert len(found) == 2 + 11
+    with pytest.raises(ConfigError, match=r"(?s)'linear:pcx'.*'kn'"):
+        evals.parse(["linear:pcx", "kn@cifar10"])
+
+
+def test_a_crash_is_tried_again_a_wrong_request_is_not(sets: FeatureSets, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def flaky(self: object, sets: FeatureSets) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) < 3:
+            raise MemoryError("no room")
+        return {"knn/top1_k1": 5.0}
+
+    monkeypatch.setattr(knn.Evaluation, "run", flaky)
+    assert evals.run_all(("knn@cifar10",), EvalConfig(retries=2), sets).results == {"knn@cifar10/top1_k1": 5.0}
+    calls.clear()
+    assert evals.run_all(("knn",), EvalConfig(retries=1), sets).failed == {"knn": "MemoryError: no room"}
+    assert len(calls) == 2
+
+    def wrong(self: object, sets: FeatureSets) -> dict[str, float]:
+        calls.append(1)
+        raise ValueError("give a smaller k")
+
+    monkeypatch.setattr(knn.Evaluation, "run", wrong)
+    calls.clear()
+    assert evals.run_all(("knn",), EvalConfig(retries=5), sets).failed == {"knn": "ValueError: give a smaller k"}
+    assert len(calls) == 1
+
+
 def test_a_number_that_is_not_finite_is_a_failure(sets: FeatureSets, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear.Evaluation, "run", lambda self, sets: {"linear/top1": math.nan})
     outcome = evals.run_all(("linear",), EvalConfig(), sets)
@@ -62,7 +97,7 @@ def test_a_number_that_is_not_finite_is_a_failure(sets: FeatureSets, monkeypatch
 
 def test_bad_features_are_said(sets: FeatureSets) -> None:
     sets.test[4, 2] = math.inf
-    with pytest.raises(ValueError, match="1 test features are not finite, the first at row 4"):
+    with pytest.raises(ValueError, match="test features are not finite, the first of them at row 4"):
         evals.run_all(("knn",), EvalConfig(), sets)
     with pytest.raises(ValueError, match="label -1"):
         evals.check(sets._replace(test=sets.train, test_label=torch.full((90,), -1)))

@@ -68,6 +68,9 @@ def test_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch, either
     found_best, found_row = knn.nearest(query, stored, 6)
     assert torch.equal(found_row, row)
     assert torch.allclose(found_best.double(), best, atol=1e-6)
+    monkeypatch.setattr(knn, "_STORED", 5 * 13)  # seven blocks of the stored rows, the last incomplete
+    monkeypatch.setattr(knn, "_SHARED", 2)
+    assert torch.equal(knn.nearest(7 * query, 3 * stored, 6)[1], row)
     best, row = ((stored.double() @ stored.double().T).fill_diagonal_(-9)).topk(6)
     assert torch.equal(knn.nearest(stored, stored, 6, leave_one_out=True)[1], row)
 
