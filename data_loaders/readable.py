@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -115,12 +116,17 @@ def readable_only(dataset: FileSet, cache: Path) -> FileSet:
     named = [f"{dataset.where(int(row))}: no such file" for row in np.flatnonzero(size < 0)[:8]] + list(bad.values())[
         :8
     ]
-    log.warning(
-        "%s, split %s: %d of %d images cannot be read and are left out: %s%s",
-        dataset.name, dataset.split, dropped, len(dataset), "; ".join(named[:8]),
-        f"; and more, see {file}" if dropped > 8 else "",
-    )  # fmt: skip
+    _warn_once(
+        f"{dataset.name}, split {dataset.split}: {dropped} of {len(dataset)} images cannot be read and are left out: "
+        f"{'; '.join(named[:8])}{f'; and more, see {file}' if dropped > 8 else ''}"
+    )
     return here.subset(left, dropped=dropped)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A run opens its data several times in a process."""
+    log.warning("%s", text)
 
 
 def _known(file: Path, images: int) -> dict[int, str] | None:

@@ -13,7 +13,8 @@ import numpy as np
 from raycon.core.config import ConfigError
 
 from .. import coarse
-from . import IMAGENET_MEAN, IMAGENET_STD, FileSet, unknown_split
+from ..files import below
+from . import IMAGENET_MEAN, IMAGENET_STD, FileSet, check_labels, unknown_split
 
 SPLITS = {
     "train": ("devkit/cars_train_annos.mat", "cars_train"),
@@ -42,8 +43,8 @@ def open_split(root: Path | None, split: str) -> FileSet:
         raise ConfigError(
             [f"{base / annotations}: cannot be read ({error}); see the file's head for the layout"]
         ) from error
-    label = np.atleast_1d(found["class"]).astype(np.int64) - 1
-    files = [f"{images}/{name}".encode() for name in np.atleast_1d(found["fname"])]
+    label = check_labels(np.atleast_1d(found["class"]).astype(np.int64) - 1, 196, f"{base / annotations} (minus 1)")
+    names = [below(str(name), base / images, str(base / annotations)) for name in np.atleast_1d(found["fname"])]
     return FileSet(
         name="cars196",
         split=split,
@@ -53,6 +54,6 @@ def open_split(root: Path | None, split: str) -> FileSet:
         weak_classes=BODIES,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        root=base,
-        files=np.array(files, dtype=np.bytes_),
+        root=base / images,
+        files=np.array(names, dtype=np.bytes_),
     )
