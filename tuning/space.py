@@ -178,31 +178,31 @@ _SWEEPS_OWN = (
 def space_problems(base: RunConfig, space: Space, facts: Facts) -> list[str]:
     """What is wrong with a space: unknown options, domains that leave an option's valid range, by name.
 
-    The extreme values go through the checks every run goes through, one option at a time and then all together.
+    The extreme values of all options, in every combination (the first 256), go through the checks of a run. What one
+    option causes by itself is said of that option.
     """
     if not space:
         return ["the space is empty: give at least one option, --space method.temperature='loguniform(0.05, 0.5)'"]
     found, known = [], flatten(to_dict(base))
-    for name, domain in space.items():
-        if name in known and name.startswith(_SWEEPS_OWN):
+    for name in space:
+        if name not in known:
+            found += [f"space: {name} = {space[name]}: {p}" for p in _problems(base, {name: None}, facts)]
+        elif name.startswith(_SWEEPS_OWN):
             found.append(f"space: {name} cannot be searched, the sweep sets it")
-            continue
-        for value in domain.ends:
-            for problem in _problems(base, {name: value}, facts):
-                text = f"space: {name} = {domain}: {problem}"
-                if text not in found and not (problem.startswith("unknown option") and name in known):
-                    found.append(text)
-            if name not in known:
-                break  # said once
-    if found:
-        return found
-    corners = itertools.islice(itertools.product(*(d.ends for d in space.values())), _CORNERS)
-    for corner in corners:
-        options = dict(zip(space, corner, strict=True))
-        if problems := _problems(base, options, facts):
-            shown = ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in options.items())
-            return [f"space: with {shown}: {problem}" for problem in problems]
-    return []
+    able = {name: domain for name, domain in space.items() if name in known and not name.startswith(_SWEEPS_OWN)}
+    together: dict[str, dict[str, Any]] = {}
+    for corner in itertools.islice(itertools.product(*(d.ends for d in able.values())), _CORNERS):
+        options = dict(zip(able, corner, strict=True))
+        for problem in _problems(base, options, facts):
+            together.setdefault(problem, options)
+    for name, domain in able.items():
+        alone = {p for value in domain.ends for p in _problems(base, {name: value}, facts)}
+        found += [f"space: {name} = {domain}: {problem}" for problem in together if problem in alone]
+        together = {problem: options for problem, options in together.items() if problem not in alone}
+    for problem, options in together.items():
+        shown = ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in options.items())
+        found.append(f"space: with {shown}: {problem}")
+    return found
 
 
 def _problems(base: RunConfig, options: Mapping[str, Any], facts: Facts) -> list[str]:

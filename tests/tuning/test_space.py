@@ -96,6 +96,13 @@ def test_all_problems_are_said_at_once_and_good_spaces_have_none(base: RunConfig
     assert in_flight(good) == ["method.temperature", "train.lr"]
 
 
+def test_an_option_may_need_another_of_the_space(base: RunConfig) -> None:
+    """Few clusters do not go with the recipe's 48 negatives, but with all those of the space they do."""
+    space = {"method.clusters": choice([20], [60, 120]), "method.negatives": choice(8, 16)}
+    assert space_problems(base, space, FACTS) == []
+    assert space_problems(base, {"method.clusters": space["method.clusters"]}, FACTS)
+
+
 def test_a_fault_of_the_recipe_is_not_blamed_on_the_space(base: RunConfig) -> None:
     broken = dataclasses.replace(base, method=dataclasses.replace(base.method, queue=100))  # type: ignore[call-arg]
     assert space_problems(broken, {"method.temperature": loguniform(0.05, 0.5)}, FACTS) == []
