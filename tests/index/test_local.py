@@ -130,6 +130,45 @@ def test_seed_moves_the_start() -> None:
     assert results[0].assignment[1].equal(results[1].assignment[0])  # seeds 0 + 1 and 1 + 0
 
 
+def test_search_gives_rows_and_cosines() -> None:
+    x, queries = features(), features(9, seed=1)
+    index = LocalIndex(len(x), 24, MINING, seed=0)
+    with pytest.raises(MissingRows, match="1500 of 1500 rows of version 0"):
+        index.search(queries, 1)
+    index.add(4, 0, x)
+    rows, cosine = index.search(torch.from_numpy(queries), 5)
+    truth = queries.astype(np.float64) @ x.T.astype(np.float64)
+    np.testing.assert_array_equal(rows, np.argsort(-truth, axis=1)[:, :5])
+    np.testing.assert_allclose(cosine, np.take_along_axis(truth, rows, 1), atol=1e-6)
+    own, _ = index.search(x[7:9], 1, own_Q=np.array([7, 8]))
+    assert (own[:, 0] != [7, 8]).all()
+    broken = queries.copy()
+    broken[2, 1] = np.nan
+    for wrong, count, text in ((broken, 1, "row 2 are not finite"), (queries, 1501, "1501 neighbours in 1500 rows"),
+                               (queries[:, :7], 1, r"expected \(n, 24\)")):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            index.search(wrong, count)
+
+
+def test_what_is_begun_is_what_is_waited_for() -> None:
+    x = features()
+    index = LocalIndex(len(x), 24, MINING, seed=0)
+    index.add(3, 0, x)
+    index.begin(3, NEEDS)
+    begun, metrics = index.snapshot(3, NEEDS)
+    assert same(begun, refresh(x)[0])
+    assert index.progress() > 0
+    assert "mining/0/ami" not in metrics  # nothing to compare with yet
+    again, metrics = index.snapshot(3, NEEDS)
+    assert same(again, begun)
+    assert metrics["mining/0/ami"] == metrics["mining/1/ami"] == pytest.approx(1.0)
+    index.begin(9, NEEDS)
+    with pytest.raises(MissingRows, match="version 9"):
+        index.snapshot(9, NEEDS)
+    index.begin(3, Needs(clusterings=(12,)))
+    index.close()  # waits for it
+
+
 def test_shards_never_outnumber_rows() -> None:
     assert part(3, 8) == [(0, 1), (1, 2), (2, 3)]
     assert part(10, 4) == [(0, 2), (2, 5), (5, 7), (7, 10)]
@@ -142,7 +181,12 @@ def _rank(x: np.ndarray, forget: bool) -> Snapshot | str:
     if not (forget and rank == 1):
         index.add(3, first, x[first:last])
     try:
-        return index.snapshot(3, NEEDS)[0]
+        snapshot = index.snapshot(3, NEEDS)[0]
+        rows, cosine = index.search(x[5:9] + 0.01, 3)
+        truth = (x[5:9] + 0.01) @ x.T
+        assert (rows == np.argsort(-(truth - (x**2).sum(1) / 2), axis=1)[:, :3]).all()
+        assert cosine.shape == (4, 3)
+        return snapshot
     except MissingRows as missing:
         return str(missing)
 
