@@ -80,6 +80,18 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
     found = differences(runs)
     if not found:
         return '<p class="soft">The configurations are the same (but for places).</p>'
+    shared = {option: values for option, values in found.items() if None not in values}
+    others = {option: values for option, values in found.items() if None in values}
+    text = _option_table(shared, names) if shared else ""
+    if others:  # of another method, or another version of raycon
+        text += (
+            f'<details class="box"><summary>Options that not every run has ({len(others)})</summary>'
+            f"{_option_table(others, names)}</details>"
+        )
+    return text
+
+
+def _option_table(found: Mapping[str, Sequence[Any]], names: Sequence[str]) -> str:
     rows = "".join(
         f'<tr><td class="soft">{escape(option)}</td>'
         + "".join(f'<td class="wide">{"" if v is None else escape(_shown(v))}</td>' for v in values)
