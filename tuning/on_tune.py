@@ -5,6 +5,7 @@ Tune's files are a cache in DIR/.tune that is never read back; DIR/trials.jsonl 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -67,6 +68,7 @@ def run(
     """Run all trials that have not ended. Returns when they have, or when the sweep was asked to stop."""
     study = plan.study
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own tables go by an older switch, verbose=0, then
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # it would name another way to resume than ours
     left = [number for number, trial in known.items() if trial.state not in ENDED]
     if not left:
         return

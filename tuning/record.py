@@ -137,7 +137,7 @@ def read_trials(folder: Path, study: Study) -> dict[int, Trial]:
     began: dict[int, float] = {}
     for line in read_lines(folder / TRIALS):
         event, number, when = line.get("event"), line.get("trial"), line.get("time")
-        if event == "session":  # whatever ran then was cut off
+        if event in ("session", "pause"):  # whatever ran then was cut off
             began.clear()
             for trial in trials.values():
                 trial.state = "waiting" if trial.state == "running" else trial.state

@@ -370,6 +370,8 @@ def search(
     shown = watch(f"{plan.name}: {study.metric}", study.metric, study.mode, base.train.epochs, folder, known, quiet)
     with stop_on_signal(folder):
         on_tune.run(folder, plan, base, propose, known, at_once, shown)
+    if (folder / record.STOP).exists():
+        Record(folder).write("pause")
     return finish(folder, plan)
 
 
