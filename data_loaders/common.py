@@ -265,7 +265,8 @@ def crops_of(
         _each(centre, len(photos), threads)
         return out
     specs, images = specs_of(plan, epoch), 1 + plan.neighbour_views
-    sizes_BI2 = np.array([size_of(photo) for photo in photos]).reshape(len(rows), images, 2)
+    sizes = [size_of(photo) for photo in photos]
+    sizes_BI2 = np.array(sizes).reshape(len(rows), images, 2)
     image_of = [max(0, 1 + view - (len(specs) - plan.neighbour_views)) for view in range(len(specs))]
     ends = np.cumsum([spec.channels * spec.size**2 for spec in specs])
     boxes = []
@@ -276,7 +277,7 @@ def crops_of(
 
     def cut(at: int) -> None:
         for image in range(images):
-            pixels = Pixels(photos[at * images + image])
+            pixels = Pixels(photos[at * images + image], sizes[at * images + image])
             for view, spec in enumerate(specs):
                 if image_of[view] == image:
                     part = out[at, ends[view] - spec.channels * spec.size**2 : ends[view]]
@@ -303,7 +304,7 @@ def _centre(photo: Photo, spec: EvalSpec, target: NDArray[np.uint8]) -> None:
     new_height, new_width = (longer, spec.resize) if width <= height else (spec.resize, longer)
     top, left = round((new_height - spec.size) / 2), round((new_width - spec.size) / 2)
     whole = np.empty((new_height, new_width, 3), np.uint8)
-    Pixels(photo).crop((0, 0, height, width), whole)
+    Pixels(photo, (height, width)).crop((0, 0, height, width), whole)
     target[...] = whole[top : top + spec.size, left : left + spec.size]
 
 

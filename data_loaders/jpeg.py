@@ -29,7 +29,7 @@ _TAPS: Final = 4  # source pixels that ``_weigh`` takes at a time
 _SPARE: Final = 10
 """Lines that must be readable after the last of a source: an output pixel takes its taps four at a time, at most twice
 as many as a line has pixels, and eight."""
-_RGBX: Final = 2  # TurboJPEG's pixel format: red, green, blue, 255
+_RGB: Final = 0  # TurboJPEG's pixel format
 
 _compiled: Any = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
 
@@ -40,7 +40,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.handle = None if _library() is None else _library().tjInitDecompress()
         self.numbers = [ctypes.c_int() for _ in range(4)]
-        self.pixels = np.empty(0, np.uint32)
+        self.pixels = np.empty(0, np.uint8)
 
 
 @functools.cache
@@ -63,12 +63,12 @@ def _library() -> Any:
 _mine = _Thread()
 
 
-def room(height: int, width: int) -> NDArray[np.uint32]:
-    """(height, width) pixels to write an image into that ``resize`` is to read. The thread's next call gives it again."""
-    needed = (height + _SPARE) * width
+def room(height: int, width: int) -> NDArray[np.uint8]:
+    """(height, width, 3) to write an image into that ``resize`` is to read. The thread's next call gives it again."""
+    needed = 3 * (height + _SPARE) * width
     if needed > len(_mine.pixels):
-        _mine.pixels = np.zeros(needed, np.uint32)
-    return _mine.pixels[: height * width].reshape(height, width)
+        _mine.pixels = np.zeros(needed, np.uint8)
+    return _mine.pixels[: 3 * height * width].reshape(height, width, 3)
 
 
 def size(data: NDArray[np.uint8]) -> tuple[int, int] | None:
@@ -80,59 +80,96 @@ def size(data: NDArray[np.uint8]) -> tuple[int, int] | None:
     return None if failed else (height.value, width.value)
 
 
-def decode(data: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint32] | None:
-    """The ``room`` with the pixels of a JPEG of that ``size``, red in the lowest byte; None where anything was amiss."""
+def decode(data: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8] | None:
+    """The ``room`` with the pixels of a JPEG of that ``size``; None where anything was amiss, and for other files."""
+    if _mine.handle is None:
+        return None
     pixels = room(height, width)
     failed = _library().tjDecompress2(
-        _mine.handle, data.ctypes.data, len(data), pixels.ctypes.data, width, 0, height, _RGBX, 0
+        _mine.handle, data.ctypes.data, len(data), pixels.ctypes.data, width, 0, height, _RGB, 0
     )
     return None if failed else pixels
 
 
 def _weigher(groups: int) -> Any:
-    """The rounded, weighted sum of 4 x ``groups`` neighbouring pixels, as vector instructions; 0: of any number.
+    """Rounded, weighted sums of neighbouring pixels, as vector instructions: Numba's loops cannot say this, LLVM would
+    have to recognise the channels of a pixel as one vector.
 
-    Called with addresses: of 4-byte pixels, of as many times 4 int32 (each weight four times), of the 4 bytes of the
-    result; and with the number of groups. Numba's loops cannot say this: LLVM would have to recognise the channels of a
-    pixel as one vector.
+    groups 1, 2: four output pixels at a time, each of 4 x ``groups`` source pixels; 0: one output pixel, of any number of
+    groups. Called with addresses: of the line of source pixels (3 bytes each), of the int64 place of each first tap, of
+    the weights (int32, each four times, 4 x groups per output pixel), of the result, which is written with four bytes
+    (one pixel: one byte) more than it has; and with the number of groups.
     """
-    byte, word, lanes = ir.IntType(8), ir.IntType(32), 4 * _TAPS
-    bytes_type, words_type, pixel_type = ir.VectorType(byte, lanes), ir.VectorType(word, lanes), ir.VectorType(byte, 4)
+    byte, word, long, lanes = ir.IntType(8), ir.IntType(32), ir.IntType(64), 4 * _TAPS
+    bytes_type, words_type = ir.VectorType(byte, lanes), ir.VectorType(word, lanes)
+    spread = [3 * (lane // 4) + min(lane % 4, 2) for lane in range(lanes)]
+    packed = [lane for lane in range(lanes) if lane % 4 < 3]
+
+    def pick(builder: Any, one: Any, two: Any, lanes: list[int]) -> Any:
+        return builder.shuffle_vector(one, two, ir.Constant(ir.VectorType(word, len(lanes)), lanes))
 
     def group(builder: Any, source: Any, weight: Any, number: Any) -> Any:
-        start = builder.mul(number, ir.Constant(number.type, lanes))
-        at = builder.inttoptr(builder.add(source, start), bytes_type.as_pointer())
-        factors_at = builder.add(weight, builder.shl(start, ir.Constant(start.type, 2)))
+        start = builder.mul(number, ir.Constant(number.type, 3 * _TAPS))
+        read = builder.load(builder.inttoptr(builder.add(source, start), bytes_type.as_pointer()), align=1)
+        factors_at = builder.add(weight, builder.mul(number, ir.Constant(number.type, 4 * lanes)))
         factors = builder.load(builder.inttoptr(factors_at, words_type.as_pointer()), align=4)
-        return builder.mul(builder.zext(builder.load(at, align=1), words_type), factors)
+        return builder.mul(builder.zext(pick(builder, read, read, spread), words_type), factors)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, weight, target, many = arguments
-        if groups:
-            whole = group(builder, source, weight, ir.Constant(many.type, 0))
-            for number in range(1, groups):
-                whole = builder.add(whole, group(builder, source, weight, ir.Constant(many.type, number)))
-        else:
-            total = cgutils.alloca_once_value(builder, ir.Constant(words_type, [0] * lanes))
-            with cgutils.for_range(builder, many) as loop:
-                builder.store(builder.add(builder.load(total), group(builder, source, weight, loop.index)), total)
-            whole = builder.load(total)
-        for half in (lanes // 2, lanes // 4):  # the sum over the pixels: a half on the other half, twice
-            places = [ir.Constant(ir.VectorType(word, half), list(range(n, n + half))) for n in (0, half)]
-            whole = builder.add(*(builder.shuffle_vector(whole, whole, place) for place in places))
-        rounded = builder.add(whole, ir.Constant(ir.VectorType(word, 4), [_HALF] * 4))
-        shifted = builder.lshr(rounded, ir.Constant(ir.VectorType(word, 4), [PRECISION_BITS] * 4))
-        builder.store(builder.trunc(shifted, pixel_type), builder.inttoptr(target, pixel_type.as_pointer()), align=1)
+    def source_of(builder: Any, line: Any, first: Any, number: int) -> Any:
+        at = builder.add(first, ir.Constant(first.type, 8 * number))
+        place = builder.load(builder.inttoptr(at, long.as_pointer()), align=8)
+        return builder.add(line, builder.mul(place, ir.Constant(long, 3)))
+
+    def finish(builder: Any, total: Any, target: Any) -> None:
+        count = total.type.count
+        rounded = builder.add(total, ir.Constant(total.type, [_HALF] * count))
+        shifted = builder.lshr(rounded, ir.Constant(total.type, [PRECISION_BITS] * count))
+        values = builder.trunc(shifted, ir.VectorType(byte, count))
+        if count == lanes:  # the fourth byte of each pixel goes out; what then is too much is written again later
+            values = pick(builder, values, values, packed + [lanes - 1] * _TAPS)
+        builder.store(values, builder.inttoptr(target, values.type.as_pointer()), align=1)
+
+    def halves(builder: Any, one: Any, two: Any, of: list[int], step: int) -> Any:
+        """The sum of two halves, ``step`` lanes apart, of both vectors."""
+        low = of + [lanes + lane for lane in of]
+        return builder.add(pick(builder, one, two, low), pick(builder, one, two, [lane + step for lane in low]))
+
+    def four(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line, first, weight, target, many = arguments
+        totals = []
+        for number in range(4):
+            source = source_of(builder, line, first, number)
+            factors = builder.add(weight, ir.Constant(weight.type, 4 * lanes * groups * number))
+            total = group(builder, source, factors, ir.Constant(many.type, 0))
+            for part in range(1, groups):
+                total = builder.add(total, group(builder, source, factors, ir.Constant(many.type, part)))
+            totals.append(total)
+        pairs = [halves(builder, *totals[n : n + 2], list(range(8)), 8) for n in (0, 2)]
+        finish(builder, halves(builder, *pairs, [0, 1, 2, 3, 8, 9, 10, 11], 4), target)
+        return context.get_dummy_value()
+
+    def one(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line, first, weight, target, many = arguments
+        source = source_of(builder, line, first, 0)
+        total = cgutils.alloca_once_value(builder, ir.Constant(words_type, [0] * lanes))
+        builder.store(ir.Constant(words_type, [0] * lanes), total)
+        with cgutils.for_range(builder, many) as loop:
+            builder.store(builder.add(builder.load(total), group(builder, source, weight, loop.index)), total)
+        whole = builder.load(total)
+        for half in (8, 4):
+            low, high = (pick(builder, whole, whole, list(range(n, n + half))) for n in (0, half))
+            whole = builder.add(low, high)
+        finish(builder, whole, target)
         return context.get_dummy_value()
 
     @intrinsic
-    def weigh(typing: Any, source: Any, weight: Any, target: Any, many: Any) -> Any:
-        return types.void(types.uintp, types.uintp, types.uintp, types.uintp), generate
+    def weigh(typing: Any, line: Any, first: Any, weight: Any, target: Any, many: Any) -> Any:
+        return types.void(*[types.uintp] * 5), four if groups else one
 
     return weigh
 
 
-_weigh_one, _weigh_two, _weigh_any = _weigher(1), _weigher(2), _weigher(0)
+_four_of_one_group, _four_of_two_groups, _one_of_any = _weigher(1), _weigher(2), _weigher(0)
 
 
 @_compiled
@@ -174,24 +211,21 @@ def _weights(length: int, size: int) -> Any:
 def _across(source: Any, top: int, height: int, left: int, width: int, size: int) -> Any:
     """(height, 3 x size) bytes: ``height`` lines of ``source`` from ``top`` on, ``width`` pixels of each resized."""
     first, _, weight, fourfold = _weights(width, size)
-    most = weight.shape[1]
-    # A pixel is stored as four bytes, the last of which the next one writes again: hence one byte more.
-    out = np.empty(height * size * 3 + 1, np.uint8)
-    from_, to, factors = source.ctypes.data, out.ctypes.data, fourfold.ctypes.data
-    stride = source.shape[1]
-    groups = most // _TAPS
+    groups = weight.shape[1] // _TAPS
+    out = np.empty(height * size * 3 + _TAPS, np.uint8)
+    from_, to, places, factors = source.ctypes.data, out.ctypes.data, first.ctypes.data, fourfold.ctypes.data
+    per_pixel, fours = 16 * weight.shape[1], size - size % 4 if groups <= 2 else 0
     for y in range(height):
-        line, end = from_ + 4 * ((top + y) * stride + left), to + 3 * size * y
+        line, end = from_ + (top + y) * source.shape[1] + 3 * left, to + 3 * size * y
         if groups == 1:
-            for x in range(size):
-                _weigh_one(line + 4 * first[x], factors + 16 * most * x, end + 3 * x, groups)
+            for x in range(0, fours, 4):
+                _four_of_one_group(line, places + 8 * x, factors + per_pixel * x, end + 3 * x, groups)
         elif groups == 2:
-            for x in range(size):
-                _weigh_two(line + 4 * first[x], factors + 16 * most * x, end + 3 * x, groups)
-        else:
-            for x in range(size):
-                _weigh_any(line + 4 * first[x], factors + 16 * most * x, end + 3 * x, groups)
-    return out[:-1].reshape(height, 3 * size)
+            for x in range(0, fours, 4):
+                _four_of_two_groups(line, places + 8 * x, factors + per_pixel * x, end + 3 * x, groups)
+        for x in range(fours, size):
+            _one_of_any(line, places + 8 * x, factors + per_pixel * x, end + 3 * x, groups)
+    return out[: height * size * 3].reshape(height, 3 * size)
 
 
 @_compiled
@@ -219,17 +253,18 @@ def resize(source: Any, top: int, left: int, height: int, width: int, target: An
     """What PIL's ``crop`` and ``resize`` with BILINEAR give, bit for bit (Pillow 13; before, which always went across
     first, some values differ by one where the height loses much more than the width).
 
-    source: (H, W) uint32 of ``room``, with the box inside; target: (S, T, 3) uint8, contiguous. Two passes with
-    rounding to bytes between them, as PIL: across, then down; or down first where the height loses more than twice as many pixels as the width.
+    source: (H, W, 3) uint8 of ``room``, with the box inside; target: (S, T, 3) uint8, contiguous. Two passes with
+    rounding to bytes between them, as PIL: across, then down; or down first where the height loses more than twice as
+    many pixels as the width.
     """
     size, wide = target.shape[0], target.shape[1]
-    out = target.reshape(size, 3 * wide)
+    out, lines = target.reshape(size, 3 * wide), source.reshape(source.shape[0], 3 * source.shape[1])
     if height > size and height - size > 2 * (width - wide):
-        short = np.empty((size + _SPARE, width), np.uint32)
-        _down(source.view(np.uint8), top, height, 4 * left, 4 * width, size, short.view(np.uint8))
+        short = np.empty((size + _SPARE, 3 * width), np.uint8)
+        _down(lines, top, height, 3 * left, 3 * width, size, short)
         small = _across(short, 0, size, 0, width, wide)
         for y in range(size):  # in loops: Numba's assignment of a slice is a hundred times slower
             for x in range(3 * wide):
                 out[y, x] = small[y, x]
     else:
-        _down(_across(source, top, height, left, width, wide), 0, height, 0, 3 * wide, size, out)
+        _down(_across(lines, top, height, left, width, wide), 0, height, 0, 3 * wide, size, out)

@@ -58,17 +58,16 @@ def size_of(photo: Photo) -> tuple[int, int]:
 class Pixels:
     """The decoded pixels of one photo. A thread has one at a time: the next one takes its place in memory."""
 
-    def __init__(self, photo: Photo) -> None:
-        """Raises ValueError naming the image when it cannot be read to its end."""
-        height, width = size_of(photo)
+    def __init__(self, photo: Photo, size: tuple[int, int]) -> None:
+        """``size``: of ``size_of``. Raises ValueError naming the image when it cannot be read to its end."""
         self._packed = self._plain = None
-        if (jpeg := _jpeg()) is not None and jpeg.size(photo.data) == (height, width):
-            self._packed = jpeg.decode(photo.data, height, width)
+        if (jpeg := _jpeg()) is not None:
+            self._packed = jpeg.decode(photo.data, *size)
         if self._packed is None:
             self._plain = decode(photo.data.tobytes(), photo.name)
             if jpeg is not None:
                 self._packed = jpeg.room(*self._plain.shape[:2])
-                self._packed.view(np.uint8).reshape(self._plain.shape[0], -1, 4)[..., :3] = self._plain
+                self._packed[...] = self._plain
 
     def crop(self, box: tuple[int, int, int, int], target_ST3: NDArray[np.uint8]) -> None:
         """Write the box (top, left, height, width), resized, into the (contiguous) target."""

@@ -151,7 +151,7 @@ def hue_shift(images: Tensor, turns_n: Tensor) -> Tensor:
     for channel, offset in enumerate((5, 3, 1)):
         angle = hue + (turns_n * 6 + offset)[:, None, None]
         angle.sub_((angle / 6).floor_(), alpha=6)
-        hat = angle.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+        hat = torch.rsub(angle.sub_(2).abs_(), 2).clamp_(0, 1)
         torch.addcmul(high, chroma, hat, value=-1, out=out[:, channel])
     return out
 

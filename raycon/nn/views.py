@@ -414,8 +414,8 @@ def finish(
     """
     _check_channels(images_BCHW, spec)
 
-    def one(part: Tensor, drawn: ViewParams) -> Tensor:
-        return _finish_(view_ops.to_unit(part), spec, drawn, flip)
+    def one(part: Tensor, drawn: ViewParams, out: Tensor | None) -> Tensor:
+        return _finish_(view_ops.to_unit(part), spec, drawn, flip, out)
 
     return _by_chunks(one, images_BCHW, params, images_BCHW.shape[3], channels_last)
 
@@ -424,32 +424,39 @@ def make_view(images_BCHW: Tensor, spec: ViewSpec, params: ViewParams, channels_
     """(B, C, S, S) float32, normalised: one random view of uint8 (or [0, 1] float) images, on their device."""
     _check_channels(images_BCHW, spec)
 
-    def one(part: Tensor, drawn: ViewParams) -> Tensor:
-        return _finish_(crop(part, drawn.box, drawn.flip, spec.size), spec, drawn, False)
+    def one(part: Tensor, drawn: ViewParams, out: Tensor | None) -> Tensor:
+        return _finish_(crop(part, drawn.box, drawn.flip, spec.size), spec, drawn, False, out)
 
     return _by_chunks(one, images_BCHW, params, spec.size, channels_last)
 
 
 @torch.no_grad()
 def _by_chunks(
-    one: Callable[[Tensor, ViewParams], Tensor], images: Tensor, params: ViewParams, size: int, channels_last: bool
+    one: Callable[[Tensor, ViewParams, Tensor | None], Tensor],
+    images: Tensor,
+    params: ViewParams,
+    size: int,
+    channels_last: bool,
 ) -> Tensor:
     """``one`` of all images: on a GPU at once, on a CPU in equal parts that fit its cache."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     B, C = images.shape[:2]
     if images.device.type != "cpu":
-        return one(images, params).contiguous(memory_format=layout)
+        return one(images, params, None).contiguous(memory_format=layout)
     chunks = max(1, math.ceil(B * C * size * size / _CHUNK))
     step = max(1, math.ceil(B / chunks))
     out = torch.empty(B, C, size, size, memory_format=layout)
     for first in range(0, B, step):
         part = slice(first, first + step)
-        out[part] = one(images[part], params.part(part))
+        one(images[part], params.part(part), out[part])
     return out
 
 
-def _finish_(x: Tensor, spec: ViewSpec, params: ViewParams, flip: bool) -> Tensor:
-    """``finish`` of a part, overwriting it. Which images an operation is for is known on the host: no waiting."""
+def _finish_(x: Tensor, spec: ViewSpec, params: ViewParams, flip: bool, out: Tensor | None) -> Tensor:
+    """``finish`` of a part, overwriting it, into ``out`` where given.
+
+    Which images an operation is for is known on the host: no waiting.
+    """
     colour = spec.channels == 3
     hue_B = params.factors[:, HUE] * colour
     passes_43B = _jitter_passes(params, colour)
@@ -484,7 +491,7 @@ def _finish_(x: Tensor, spec: ViewSpec, params: ViewParams, flip: bool) -> Tenso
         x.index_copy_(0, blurred, part)
     if len(solarized):
         x.index_copy_(0, solarized, view_ops.solarize(x.index_select(0, solarized), spec.solarize_threshold))
-    return _normalise_(x, mean_std_2C)
+    return _normalise_(x, mean_std_2C, out)
 
 
 def _perspective_(x: Tensor, corners_B42: NDArray[np.float64]) -> Tensor:
@@ -512,9 +519,10 @@ def _gray_(x: Tensor, where: Tensor) -> None:
         x.index_copy_(0, where, view_ops.luma(x.index_select(0, where)).expand(-1, x.shape[1], -1, -1))
 
 
-def _normalise_(x: Tensor, mean_std_2C: Tensor) -> Tensor:
+def _normalise_(x: Tensor, mean_std_2C: Tensor, out: Tensor | None = None) -> Tensor:
+    """Into ``out``, of any memory layout, or in place."""
     mean, std = mean_std_2C[:, :, None, None]
-    return x.sub_(mean).div_(std)
+    return torch.sub(x, mean, out=x if out is None else out).div_(std)
 
 
 def _check_channels(images: Tensor, spec: ViewSpec | EvalSpec) -> None:

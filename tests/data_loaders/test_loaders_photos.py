@@ -43,7 +43,7 @@ def pil(photo: Photo) -> NDArray[np.uint8]:
 def whole(photo: Photo) -> NDArray[np.uint8]:
     height, width = size_of(photo)
     target = np.empty((height, width, 3), np.uint8)
-    Pixels(photo).crop((0, 0, height, width), target)
+    Pixels(photo, (height, width)).crop((0, 0, height, width), target)
     return target
 
 
@@ -82,7 +82,7 @@ def test_photos_have_pils_pixels(
 def test_crops_are_pils_to_the_bit() -> None:
     generator = np.random.default_rng(0)
     source = generator.integers(0, 256, (190, 260, 3), dtype=np.uint8)
-    pixels = Pixels(encoded(Image.fromarray(source), "PNG"))
+    pixels = Pixels(encoded(Image.fromarray(source), "PNG"), (190, 260))
     cases = [(int(generator.integers(1, 191)), int(generator.integers(1, 261))) for _ in range(60)]
     targets = [tuple(int(n) for n in generator.integers(1, 150, 2)) for _ in cases]
     cases += [(190, 260), (190, 260), (1, 1), (190, 1), (1, 260), (190, 20), (8, 260), (190, 260)]
@@ -132,9 +132,9 @@ def test_one_decode_serves_all_views(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     decoded: list[str] = []
     counted = Pixels.__init__
 
-    def count(self: Pixels, photo: Photo) -> None:
+    def count(self: Pixels, photo: Photo, size: tuple[int, int]) -> None:
         decoded.append(photo.name)
-        counted(self, photo)
+        counted(self, photo, size)
 
     monkeypatch.setattr(Pixels, "__init__", count)
     found = common.crops_of(batch, plan, rows, 2)
