@@ -25,6 +25,8 @@ _MOST_POINTS = 400
 class Series(NamedTuple):
     name: str
     points: Sequence[Point]
+    colour: int = 0
+    """Its place among the series as given: one that has no points leaves the others their colours."""
 
 
 def line_chart(
@@ -35,10 +37,10 @@ def line_chart(
     ``log``: begin with the logarithmic axis; it is offered whenever all values are above 0 and span a factor of 3.
     ``smooth``: draw a moving average over the values where there are more than 60.
     """
-    whole = [Series(s.name, finite) for s in series if (finite := _finite(s.points))]
+    whole = [Series(s.name, finite, i) for i, s in enumerate(series) if (finite := _finite(s.points))]
     if not whole:
         return ""
-    kept = [Series(s.name, _thin(s.points)) for s in whole]
+    kept = [s._replace(points=_thin(s.points)) for s in whole]
     values = [y for s in kept for _, y in s.points]
     xs = [x for s in kept for x, _ in s.points]
     # A run that starts to log at step 10 still starts at 0.
@@ -52,13 +54,13 @@ def line_chart(
             to_xy = _placing(x_range, axis)
             if smooth and len(s.points) > 60:
                 average = _moving_average(whole[i].points)
-                body.append(_path(s.points, to_xy, f"line raw {_colour(i)}"))
-                body.append(_path([average[j] for j in _thin_at(len(average))], to_xy, f"line {_colour(i)}"))
+                body.append(_path(s.points, to_xy, f"line raw {_colour(s.colour)}"))
+                body.append(_path([average[j] for j in _thin_at(len(average))], to_xy, f"line {_colour(s.colour)}"))
             else:
-                body.append(_path(s.points, to_xy, f"line {_colour(i)}"))
+                body.append(_path(s.points, to_xy, f"line {_colour(s.colour)}"))
             if len(s.points) <= 40:
                 for x, y in map(to_xy, s.points):
-                    body.append(f'<circle class="dot {_colour(i)}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
+                    body.append(f'<circle class="dot {_colour(s.colour)}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>')
         shown = scale == ("log" if log and offered else "lin")
         drawings.append(_svg(title, kept, "".join(body), scale, shown))
         axes[scale] = [axis.low, axis.high]
@@ -72,7 +74,7 @@ def stacked_chart(title: str, series: Sequence[Series], x_label: str, y_label: s
         return ""
     assert len({tuple(x for x, _ in s.points) for s in series}) == 1
     keep = _thin_at(len(series[0].points))
-    kept = [Series(s.name, [s.points[i] for i in keep]) for s in series]
+    kept = [Series(s.name, [s.points[i] for i in keep], place) for place, s in enumerate(series)]
     xs = [x for x, _ in kept[0].points]
     x_range = (xs[0], xs[-1])
     base, layers = [0.0] * len(xs), []
@@ -241,7 +243,7 @@ def _svg(title: str, series: Sequence[Series], body: str, scale: str, shown: boo
 def _figure(
     title: str, drawings: Sequence[str], series: Sequence[Series], data: dict[str, object], x_label: str, log: bool
 ) -> str:
-    points = [{"name": s.name, "colour": _colour(i), "at": [_short(p) for p in s.points]} for i, s in enumerate(series)]
+    points = [{"name": s.name, "colour": _colour(s.colour), "at": [_short(p) for p in s.points]} for s in series]
     box = [LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM]
     shown = escape(json.dumps({**data, "box": box, "xLabel": x_label, "series": points}, separators=(",", ":")))
     button = ""
@@ -249,7 +251,7 @@ def _figure(
         button = f'<button type="button" class="scale" aria-pressed="{str(log).lower()}">log</button>'
     legend = ""
     if len(series) > 1 or series[0].name != title:
-        keys = "".join(f'<li><i class="key {_colour(i)}"></i>{escape(s.name)}</li>' for i, s in enumerate(series))
+        keys = "".join(f'<li><i class="key {_colour(s.colour)}"></i>{escape(s.name)}</li>' for s in series)
         legend = f'<ul class="legend">{keys}</ul>'
     return (
         f'<figure class="chart" data-chart="{shown}"><figcaption><span>{escape(title)}</span>{button}</figcaption>'

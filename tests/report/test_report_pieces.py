@@ -98,3 +98,11 @@ def test_view_grid_of_large_and_of_different_sizes() -> None:
     assert sheet.shape[0] == 144
     with pytest.raises(ValueError, match="same in all"):
         pictures.view_grid([torch.rand(2, 3, 8, 8), torch.rand(3, 3, 8, 8)])
+
+
+def test_a_series_without_points_leaves_the_others_their_colours() -> None:
+    given = [charts.Series("a", []), charts.Series("b", [(0, 1), (1, 2)])]
+    drawn = charts.line_chart("t", given, "step")
+    assert 'class="line c1"' in drawn
+    assert 'class="key c1"' in drawn
+    assert "c0" not in drawn
