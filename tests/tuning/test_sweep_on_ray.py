@@ -111,25 +111,24 @@ def test_a_sweep_survives_a_crash_and_the_death_of_its_driver(tmp_path: Path) ->
 
 def test_a_signal_ends_a_sweep_that_can_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    ask = command(*TINY, "--train.epochs=60", "--trials=2", "--max-concurrent=2", "--dir", str(folder))
+    ask = command(*TINY, "--train.epochs=60", "--trials=2", "--max-concurrent=1", "--dir", str(folder))
     with subprocess.Popen(ask, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: sum(bool(steps_of(f.parent)) for f in folder.glob("trials/*/metrics.jsonl")) == 2, process)
+        wait_for(lambda: any(steps_of(f.parent) for f in folder.glob("trials/*/metrics.jsonl")), process)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=900)
     assert process.returncode == 0
     assert f"--resume {folder}" in out
-    for run_dir in (folder / "trials").glob("0*"):
-        last = json.loads((run_dir / "checkpoints/last/state.json").read_text())["step"]
-        assert last == max(steps_of(run_dir))
-        assert 0 < last < 60 * 8
+    (run_dir,) = (folder / "trials").glob("0*")
+    last = json.loads((run_dir / "checkpoints/last/state.json").read_text())["step"]
+    assert 0 < last == max(steps_of(run_dir)) < 60 * 8
     trials = read_trials(folder, open_plan(folder).study)
     assert [t.state for t in trials.values()] == ["waiting", "waiting"]
-    assert all(t.options for t in trials.values())
+    assert [bool(t.options) for t in trials.values()] == [True, False]
     assert "2 trials: 2 waiting" in out
 
 
 def test_plain_ray_tune_takes_a_recipe(tmp_path: Path) -> None:
-    """A user's own Tuner: two trials, their own directories, results by name."""
+    """A user's own Tuner: a directory of its own, results by name."""
     script = tmp_path / "mine.py"
     script.write_text(
         "import dataclasses, sys\n"
@@ -143,7 +142,7 @@ def test_plain_ray_tune_takes_a_recipe(tmp_path: Path) -> None:
         "connect()\n"
         "at_once = max_concurrent(base)\n"
         "tuner = tune.Tuner(trainable(base, folder=sys.argv[1] + '/runs'),\n"
-        "    param_space={'method.temperature': tune.grid_search([0.1, 0.2])},\n"
+        "    param_space={'method.temperature': tune.grid_search([0.3])},\n"
         "    tune_config=tune.TuneConfig(metric='score', mode='max', max_concurrent_trials=at_once),\n"
         "    run_config=tune.RunConfig(storage_path=sys.argv[1] + '/tune', verbose=0))\n"
         "results = tuner.fit()\n"
@@ -163,12 +162,10 @@ def test_plain_ray_tune_takes_a_recipe(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("directories")]
-    folders = line.split()[1:]
-    assert len(folders) == 2
-    for folder in folders:
-        assert json.loads((Path(folder) / "checkpoints/last/state.json").read_text())["step"] == 10
-    configs = [(Path(f) / "config.yaml").read_text() for f in folders]
-    assert sorted("temperature: 0.1" in c for c in configs) == [False, True]
+    (folder,) = map(Path, line.split()[1:])
+    assert folder.parent == tmp_path / "runs"
+    assert json.loads((folder / "checkpoints/last/state.json").read_text())["step"] == 10
+    assert "temperature: 0.3" in (folder / "config.yaml").read_text()
 
 
 def test_a_sweep_that_cannot_place_one_trial_says_so(tmp_path: Path) -> None:
