@@ -153,7 +153,7 @@ def others_tiny(images: NDArray[np.uint8]) -> dict[str, Callable[[], None]]:
         from lightly.transforms import MoCoV2Transform
         from PIL import Image
 
-        transform = MoCoV2Transform(input_size=TINY)
+        transform: Callable[[Any], Any] = MoCoV2Transform(input_size=TINY)  # in a list of two tensors
         both = [Image.fromarray(image) for image in images]
 
         def lightly() -> None:

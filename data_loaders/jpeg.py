@@ -144,8 +144,8 @@ def _weigher(groups: int) -> Any:
             for part in range(1, groups):
                 total = builder.add(total, group(builder, source, factors, ir.Constant(many.type, part)))
             totals.append(total)
-        pairs = [halves(builder, *totals[n : n + 2], list(range(8)), 8) for n in (0, 2)]
-        finish(builder, halves(builder, *pairs, [0, 1, 2, 3, 8, 9, 10, 11], 4), target)
+        pairs = [halves(builder, totals[n], totals[n + 1], list(range(8)), 8) for n in (0, 2)]
+        finish(builder, halves(builder, pairs[0], pairs[1], [0, 1, 2, 3, 8, 9, 10, 11], 4), target)
         return context.get_dummy_value()
 
     def one(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
