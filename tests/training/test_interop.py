@@ -25,6 +25,7 @@ from raycon.nn.published import FileError, model_of, read
 from raycon.training.interop import load_encoder
 
 
+@functools.cache
 def plain(name: str, small: bool = False) -> nn.Module:
     """A torchvision model in evaluation mode with BatchNorm statistics of its own, fc removed."""
     torch.manual_seed(0)
@@ -39,7 +40,6 @@ def plain(name: str, small: bool = False) -> nn.Module:
     return net.eval()  # type: ignore[no-any-return]
 
 
-@functools.cache
 def resnet50() -> nn.Module:
     return plain("resnet50")
 
@@ -122,7 +122,9 @@ def same_features(path: Path, expected: nn.Module, size: int, **options: str) ->
     return about
 
 
-@pytest.mark.parametrize(("version", "tensors", "slots"), [(1, 642, 322), (2, 646, 326)])
+@pytest.mark.parametrize(
+    ("version", "tensors", "slots"), [pytest.param(1, 642, 322, marks=pytest.mark.slow), (2, 646, 326)]
+)
 def test_pcl_and_moco(tmp_path: Path, version: int, tensors: int, slots: int) -> None:
     state = pcl(resnet50().state_dict(), version)
     assert len(state) == tensors
@@ -145,7 +147,7 @@ def test_files_of_old_pytorch(tmp_path: Path) -> None:
     assert same_features(tmp_path / "old.pth.tar", net, 64).model.encoder == "resnet18"
 
 
-@pytest.mark.parametrize(("hidden", "dim"), [(4096, 256), (2048, 128)])
+@pytest.mark.parametrize(("hidden", "dim"), [(4096, 256), pytest.param(2048, 128, marks=pytest.mark.slow)])
 def test_wcl_and_clinfonce_with_two_heads(tmp_path: Path, hidden: int, dim: int) -> None:
     state = wcl(resnet50().state_dict(), hidden, dim)
     assert len(parameters(state)) == 179
@@ -195,7 +197,7 @@ def test_sce_of_lightning(tmp_path: Path) -> None:
     assert same_features(tmp_path / "trunk.ckpt", resnet50(), 64).format == "plain"
 
 
-@pytest.mark.parametrize("name", ["resnet34", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["resnet34", pytest.param("resnext50_32x4d", marks=pytest.mark.slow)])
 def test_other_networks_and_their_classifiers(tmp_path: Path, name: str) -> None:
     net = plain(name)
     state = {k: v.contiguous() for k, v in (net.state_dict() | linear("fc", 1000, 2048)).items()}
@@ -335,6 +337,7 @@ def test_a_run_starts_from_such_a_file(tmp_path: Path) -> None:
         networks.build_encoder(replace(config, weights=str(tmp_path / "gone.pth")), channels=3)
 
 
+@pytest.mark.slow
 def test_every_resnet_of_torchvision_is_recognised_by_its_shapes() -> None:
     names = [n for n in torchvision.models.list_models(module=torchvision.models)
              if n.startswith(("resnet", "wide_resnet", "resnext"))]  # fmt: skip
