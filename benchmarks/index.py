@@ -13,9 +13,12 @@ import gzip
 import math
 import multiprocessing
 import os
+import random
 import re
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,24 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness import Row, at_least, at_most, interleave, main
+from raycon import methods
 from raycon.core.config import MiningConfig
-from raycon.core.types import Needs
-from raycon.index import kmeans
+from raycon.core.types import Mined as StepInfo
+from raycon.core.types import Needs, Progress
+from raycon.data_loaders import open_loader
+from raycon.data_loaders.datasets import open_dataset
+from raycon.index import fast, kmeans
+from raycon.index.ann import Mined, approximate_neighbours
 from raycon.index.density import density
 from raycon.index.engine import EngineName
 from raycon.index.local import LocalIndex, part
 from raycon.index.merge import FanOut, merge_steps
+from raycon.index.mine import assign, local_shards
 from raycon.index.neighbours import search
 from raycon.index.shard import Shard
+from raycon.nn.losses import sample_excluding
+from raycon.recipes import recipe
+from raycon.training import job
 
 DIM = 128
 FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
@@ -168,12 +180,49 @@ def over_ray(x: Features, repeats: int) -> list[Row]:
     ]
 
 
-def warm_start(old: Features, repeats: int) -> list[Row]:
-    """A simulated drift between two epochs: noise 0.3 and a random rotation of the whole space."""
-    rows = len(old)
+def simulated(old: Features) -> Features:
+    """A drift between two epochs: noise 0.3 and a random rotation of the whole space."""
     rng = np.random.default_rng(1)
     turn = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0].astype(np.float32)
-    new = unit((old + 0.3 / math.sqrt(DIM) * rng.normal(size=old.shape).astype(np.float32)) @ turn)
+    return unit((old + 0.3 / math.sqrt(DIM) * rng.normal(size=old.shape).astype(np.float32)) @ turn)
+
+
+def trained(rows: int, epochs: int, last: int) -> list[Features]:
+    """(rows, 128) momentum features of a real MoCo training after each of its ``last`` last epochs (of 1,797 digits where
+    Fashion-MNIST is not installed)."""
+    name = "fashion-mnist-moco-cpu" if FASHION.exists() else "quickstart"
+    base = recipe(name)
+    options = methods.configure("moco", queue=1024, dim=DIM, momentum=0.99)
+    run = replace(base, method=options, train=replace(base.train, epochs=epochs, batch=128), runtime="local")
+    dataset = open_dataset(base.data.name)
+    if rows < len(dataset):
+        dataset = replace(dataset, images=dataset.images[:rows], label=dataset.label[:rows], weak=dataset.weak[:rows])
+    method = job.build_method(run, job.facts_of(run, dataset, 1), len(dataset.mean))
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], base.train.lr, 0.9)
+    found: list[Features] = []
+    with tempfile.TemporaryDirectory() as folder:
+        plan = job.loader_plan(run, dataset, Path(folder), torch.device("cpu"), 1, 0)
+        loader = open_loader("torch", dataset, plan)
+        for epoch in range(epochs):
+            method.train()
+            for i, batch in enumerate(loader.train(epoch)):
+                step = epoch * loader.steps + i
+                output = method(batch, StepInfo(None, (), seed=step, epoch=epoch, step=step))
+                optimizer.zero_grad()
+                output.loss.backward()
+                optimizer.step()
+                method.after_step(output.keep, Progress(step, epochs * loader.steps, epoch))
+            method.eval()
+            if epoch >= epochs - last:
+                with torch.no_grad():
+                    found.append(unit(torch.cat([method.features(block.images) for block in loader.scan()]).numpy()))
+        loader.close()
+    return found
+
+
+def warm_start(epochs: list[Features], what: str, repeats: int) -> list[Row]:
+    """The features of one epoch after the other: the last one's clusterings, from the labels of the one before."""
+    rows, old, new = len(epochs[0]), epochs[-2], epochs[-1]
     k, data = rows // 60, kmeans.Data(0, rows, 1.0)
     before, now = in_turn(shards_of(old, 2)), in_turn(shards_of(new, 2))
     first = kmeans.official(before, data, k, seed=0, iterations=20, redo=1)
@@ -187,28 +236,30 @@ def warm_start(old: Features, repeats: int) -> list[Row]:
         "warm": lambda: kmeans.warm(now, data, label_N, k, iterations=1),
     }
     cpu = interleave(runs, repeats)
-    name = f"warm labels, 1 iteration, {rows} x {DIM}, k = {k}"
+    drift = float(np.einsum("nd,nd->n", old, new).mean())
+    what = f"{what} (mean cosine {drift:.2f})"
+    name = f"warm labels, 1 iteration, {rows} x {DIM}, k = {k}, {what}"
     result = [
         at_most(f"{name}: objective of 20 cold ones", objective(runs["warm"]()), objective(runs["cold"]()), 1.0),
         at_most(f"{name}: their CPU s", cpu["warm"], cpu["cold"], 1 / 15),
     ]
-    ks = (k // 4, k // 2, k)
+    needs = Needs(clusterings=(k // 4, k // 2, k), temperature=0.2)
     seconds, objectives = {}, {}
     for init in ("cold", "warm"):
         index = LocalIndex(rows, DIM, MiningConfig(init=init, iterations=20, redo=5), seed=0)
-        if init == "warm":
-            index.add(0, 0, old)
-            short = LocalIndex(rows, DIM, MiningConfig(iterations=20, redo=1), seed=0)
-            short.add(0, 0, old)
-            index.previous = short.snapshot(0, Needs(clusterings=ks, temperature=0.2))[0]
-            short.close()
-        index.add(1, 0, new)
+        for version, x in enumerate(epochs[:-1] if init == "warm" else []):
+            index.add(version, 0, x)
+            index.snapshot(version, needs)
+        index.add(len(epochs), 0, new)
         begun = time.process_time()
-        _, metrics = index.snapshot(1, Needs(clusterings=ks, temperature=0.2))
+        _, metrics = index.snapshot(len(epochs), needs)
         seconds[init] = time.process_time() - begun
         objectives[init] = sum(metrics[f"index/{i}/objective"] for i in range(3))
         index.close()
-    whole = f"PCL's E-step, warm against 20 iterations x 5 restarts, {rows} x {DIM}, k = {ks}"
+    whole = (
+        f"PCL's E-step, warm (snapshot {len(epochs)} of a run) against 20 iterations x 5 restarts, {rows} x {DIM}, "
+        f"k = {needs.clusterings}, {what}"
+    )
     return [
         *result,
         at_most(f"{whole}: CPU s", seconds["warm"], seconds["cold"], 1 / 30),
@@ -239,6 +290,100 @@ def nearest(x: Features, queries: int, repeats: int) -> list[Row]:
         at_most(f"{name}: floor", cpu["ours"], cpu["floor"], 1.3, cpu["floor"]),
         at_most(f"{name}: torch.topk", cpu["ours"], cpu["torch"], 1.0, cpu["floor"]),
     ]
+
+
+def half_precision(x: Features, repeats: int) -> list[Row]:
+    """fp16 storage: labels against fp32's in 5 iterations of k-means, rows assigned anew, CPU time of a step."""
+    k, rows = 1000, len(x)
+    (full,) = shards_of(x, 1)
+    half = Shard(0, rows, DIM, storage="fp16")
+    half.put(0, 0, x)
+    centroids, equal, assigned = x[kmeans.faiss_permutation(rows, k, 1)], 0, 0
+    rescored = 0
+    for _ in range(5):
+        equal += int((full.assign(0, centroids)[0] == half.assign(0, centroids)[0]).sum())
+        doubt = half.doubt()
+        rescored, assigned = rescored + doubt.rescored, assigned + doubt.assigned
+        sums, counts, _ = full.step(0, centroids, rows, 1.0)
+        centroids = kmeans.update(sums, counts, rows, False)
+    cpu = interleave(
+        {"half": lambda: half.step(0, centroids, rows, 1.0), "full": lambda: full.step(0, centroids, rows, 1.0)},
+        repeats,
+    )
+    name = f"fp16 storage, {rows} x {DIM}, k = {k}"
+    return [
+        at_least(f"{name}: labels equal to fp32's", equal, assigned, 1.0),
+        at_most(f"{name}: rows assigned anew", rescored, assigned, 0.03),
+        at_most(f"{name}: CPU s of a step: fp32", cpu["half"], cpu["full"], 2.0),
+    ]
+
+
+def all_pairs(x: Features, what: str, repeats: int) -> list[Row]:
+    """The 20 nearest of every row, the building of the lists and the measuring of the recall included."""
+    fan_out, local, found = in_turn(shards_of(x, 2)), local_shards(MiningConfig()), dict[str, Mined]()
+    part_of_floor = floor_of(x, x[: len(x) // 12])
+
+    def ours() -> None:
+        data = kmeans.Data(0, len(x), 1.0)
+        found["ours"] = approximate_neighbours(fan_out, data, 20, local, recall=0.995, seed=0)
+
+    cpu = interleave({"ours": ours, "floor": part_of_floor}, repeats)
+    floor = cpu["floor"] * 12
+    name = f"20 neighbours of all {len(x)} x {DIM} by lists, 2 shards, {what}"
+    return [
+        at_most(f"{name}: CPU s: exact floor", cpu["ours"], floor, 0.35, floor),
+        at_least(f"{name}: recall on 512 other rows", found["ours"].recall, 1.0, 0.995),
+    ]
+
+
+def fast_clusterings(x: Features, k: int, repeats: int) -> list[Row]:
+    """The algorithms for large k against 20 cold iterations: CPU time with the assignment, and objective."""
+    data, fan_out, local = kmeans.Data(0, len(x), 1.0), in_turn(shards_of(x, 2)), local_shards(MiningConfig())
+
+    def start() -> Features:
+        return fast.sampled_start(fan_out, data, k, local, seed=0)
+
+    def alone(running: kmeans.Running) -> kmeans.Clustering:
+        return kmeans.together(fan_out, data, [running])[0]
+
+    runs: dict[str, Callable[[], kmeans.Clustering]] = {
+        "cold": lambda: kmeans.official(fan_out, data, k, seed=0, iterations=20, redo=1),
+        "sampled start": lambda: alone(fast.run_fast(fan_out, data, k, local, seed=0, iterations=20)),
+        "mini-batch": lambda: alone(fast.run_minibatch(fan_out, data, k, start(), seed=0)),
+        "hierarchical": lambda: fast.hierarchical(fan_out, data, k, local, seed=0, iterations=20),
+    }
+    objective: dict[str, float] = {}
+
+    def timed(name: str) -> Callable[[], None]:
+        def run() -> None:
+            objective[name] = float(assign(fan_out, 0, runs[name]())[1].sum(dtype=np.float64))
+
+        return run
+
+    cpu = interleave({name: timed(name) for name in runs}, repeats)
+    result = []
+    for name, share, worse in (("sampled start", 1.0, 1.005), ("mini-batch", 0.6, 1.02), ("hierarchical", 0.4, 1.05)):
+        what = f"{name}, {len(x)} x {DIM}, k = {k}, against 20 cold iterations"
+        result.append(at_most(f"{what}: CPU s", cpu[name], cpu["cold"], share))
+        result.append(at_most(f"{what}: objective", objective[name], objective["cold"], worse))
+    return result
+
+
+def prototype_sampling(repeats: int) -> list[Row]:
+    """Negatives of a step of PCL: 16,384 of 100,000 prototypes without those of a batch of 256."""
+    own = torch.randint(0, 100_000, (256,), generator=torch.Generator().manual_seed(0))
+
+    def ours() -> None:
+        for seed in range(10):
+            sample_excluding(100_000, 100_000, own, 16_384, seed)
+
+    def python_sets() -> None:
+        for _ in range(10):
+            everything = [i for i in range(100_000)]  # noqa: C416
+            random.sample(tuple(set(everything) - set(own.tolist())), 16_384)
+
+    cpu = interleave({"ours": ours, "sets": python_sets}, repeats)
+    return [at_most("16384 of 100000 prototypes: Python's sets, CPU s of 10", cpu["ours"], cpu["sets"], 1 / 50)]
 
 
 def concentrations(rows: int, repeats: int) -> list[Row]:
@@ -318,13 +463,19 @@ def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     x = features()
     repeats = 3 if quick else 7
+    part_x = x[:20_000] if quick else x
     return [
         *shard_step(x, repeats),
         *any_shards(x[:20_000]),
         *over_ray(x, 2 * repeats),
-        *warm_start(x[:20_000] if quick else x, 1 if quick else 3),
+        *warm_start([part_x, simulated(part_x)], "simulated drift", 1 if quick else 3),
+        *warm_start(trained(*((10_240, 8, 4) if quick else (20_480, 16, 8))), "real drift", 1 if quick else 3),
+        *half_precision(x, repeats),
         *nearest(x, 2048 if quick else 10_000, repeats),
+        *all_pairs(x, "Fashion-MNIST" if FASHION.exists() else "made up", 1 if quick else 3),
+        *fast_clusterings(x[:20_000] if quick else x, 1000 if quick else 4000, 1),
         *concentrations(200_000, repeats),
+        *prototype_sampling(repeats),
         *memory(200_000, 2000),
         *linear(x, repeats),
     ]

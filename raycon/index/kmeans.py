@@ -228,15 +228,21 @@ def warm(
 
 
 def run_warm(
-    fan_out: FanOut, data: Data, label_N: NDArray[np.int64], k: int, *, iterations: int, spherical: bool = False
+    fan_out: FanOut,
+    data: Data,
+    label_N: NDArray[np.int64],
+    k: int,
+    *,
+    iterations: int,
+    spherical: bool = False,
+    tolerance: float = 0.0,
 ) -> Running:
     """Start from the means of the present features under earlier labels (N,): unaffected by any turn of the space."""
     check_clusters(data.rows, k)
     if data.rows == k:
         return every_row(fan_out, data, spherical)
-    return (
-        yield from run_lloyd(data, label_means(fan_out, data, label_N, k, spherical=spherical), iterations, spherical)
-    )
+    start_KD = label_means(fan_out, data, label_N, k, spherical=spherical)
+    return (yield from run_lloyd(data, start_KD, iterations, spherical, tolerance))
 
 
 def label_means(

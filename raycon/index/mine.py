@@ -27,8 +27,11 @@ from raycon.index.shard import Shard
 
 logger = logging.getLogger(__name__)
 
-WARM_ITERATIONS = 2
-"""One already reaches what twenty cold ones do; the second is for features that moved far."""
+WARM_ITERATIONS = 5
+"""Most iterations of a warm start. Where features move little, one reaches what twenty cold ones do; after a long way,
+as in the first epochs of a training, more are worth their time, and ``WARM_TOLERANCE`` tells."""
+WARM_TOLERANCE = 0.01
+"""A warm start ends when an iteration lowers the objective by this share of it or less: two at the least."""
 PROBES = 8
 """Coarse clusters in which a row looks for its centroid, when there are two levels."""
 
@@ -141,7 +144,15 @@ def _cluster(
             else:
                 runs[position] = run_minibatch(fan_out, data, k, start_KD, **own)
         elif label_N is not None:
-            runs[position] = run_warm(fan_out, data, label_N, k, iterations=WARM_ITERATIONS, spherical=needs.spherical)
+            runs[position] = run_warm(
+                fan_out,
+                data,
+                label_N,
+                k,
+                iterations=WARM_ITERATIONS,
+                spherical=needs.spherical,
+                tolerance=WARM_TOLERANCE,
+            )
         elif mining.init == "warm":
             runs[position] = run_fast(fan_out, data, k, local, iterations=mining.iterations, **own)
         else:
