@@ -170,13 +170,17 @@ def parts_of(folder: Path) -> list[Part]:
     return sorted((read_manifest(f) for f in folder.glob("rows-*.json")), key=lambda p: p.first_row)
 
 
-def overlapping(folder: Path, version: int, first_row: int, last_row: int) -> list[Part]:
-    """The parts of a version that hold some of these rows, by row. Raises DamagedPart for an unreadable manifest."""
+def overlapping(folder: Path, version: int | None, first_row: int, last_row: int) -> list[Part]:
+    """The parts of a version (None: of any) that hold some of these rows, by row.
+
+    Raises DamagedPart for an unreadable manifest.
+    """
     found = []
     for file in folder.glob("rows-*-*.json"):
         first, last = (int(word) if word.isdigit() else 0 for word in file.stem.split("-")[1:3])
-        if first < last_row and first_row < last and (part := read_manifest(file)).version == version:
-            found.append(part)
+        if first < last_row and first_row < last:
+            part = read_manifest(file)
+            found += [part] if version in (None, part.version) else []
     return sorted(found, key=lambda p: p.first_row)
 
 

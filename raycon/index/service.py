@@ -88,6 +88,19 @@ class SavedShard(Shard):
             missing = super().missing(version)
         return missing
 
+    def held(self) -> int | None:
+        """The newest version of which this shard has rows, here or on disk; None when it has none."""
+        versions = [self.stamp()[0]]
+        if self._saved is not None:
+            try:
+                versions += [
+                    part.version
+                    for part in persist.overlapping(self._saved.folder, None, self.first_row, self.last_row)
+                ]
+            except persist.DamagedPart as error:
+                logger.warning("%s", error)
+        return max((v for v in versions if v is not None), default=None)
+
     def refused(self, version: int) -> str:
         """What was wrong with the part on disk; empty when nothing was."""
         return self._refused.get(version, "")
@@ -171,12 +184,12 @@ def search_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The ``count`` of ``rows`` rows nearest to each query (Q, dim): rows and squared L2 distances, both (Q, count).
 
-    Nearest first, equal ones by row. ``version``: None for the one held. ``own_Q``: a row to leave out of each
+    Nearest first, equal ones by row. ``version``: None for the newest held. ``own_Q``: a row to leave out of each
     query's answer, -1 for none. Raises MissingRows when rows of the version are missing, ValueError for a wrong width, a
     number that is not finite, or a count that is too large.
     """
     if version is None:
-        version = max((stamp[0] for stamp in fan_out("stamp") if stamp[0] is not None), default=0)
+        version = max((v for v in fan_out("held") if v is not None), default=0)
     if missing := sum(fan_out("missing", version)):
         damaged = [text for text in fan_out("refused", version) if text]
         raise MissingRows("; ".join([f"{missing} of {rows} rows of version {version} are not in the index", *damaged]))

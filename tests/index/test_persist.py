@@ -143,6 +143,8 @@ def test_a_shard_writes_what_is_mined_and_finds_it_again(tmp_path: Path, caplog:
     state = shard.state(2)
     assert len(list(tmp_path.iterdir())) == 2
     restarted = SavedShard(100, 400, DIM, saved=saved)
+    assert restarted.held() == SavedShard(100, 400, DIM, saved=saved).held() == 2
+    assert SavedShard(100, 400, DIM).held() is None
     assert restarted.state(2) == state
     np.testing.assert_array_equal(restarted.gather(2, np.arange(ROWS))[1], x[100:400])
     assert restarted.state(3).missing == 300  # another version is not there

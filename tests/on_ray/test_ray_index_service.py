@@ -155,7 +155,7 @@ def test_prometheus_hears_of_it(spec: IndexSpec, port: int) -> None:
         f'ray_{meters.PER_CLUSTERING["used"]}{{.*clustering="1"': metrics["index/1/used"],
         f'ray_{meters.PHASE_SECONDS}{{.*phase="kmeans"': metrics["index/kmeans_seconds"],
         f'ray_{meters.ROWS_ADDED}_total{{.*shard="1"': None,
-        f'ray_{meters.CALL_SECONDS}_total{{.*method="step"': None,
+        f'ray_{meters.CALL_SECONDS}_total{{.*method="steps"': None,
     }  # fmt: skip
     left, page = dict(wanted), ""
     end = time.monotonic() + 60
