@@ -1,0 +1,191 @@
+"""Evaluations: kNN, the linear probe, the SVM protocol, and what training feels of evaluations beside it.
+
+One thread on each side, interleaved, CPU seconds; the last claim is wall time on two cores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.harness import Row, at_least, at_most, interleave, main
+from raycon.core.config import EvalConfig, override
+from raycon.evals import FeatureSets, knn, linear, svm
+
+CLASSES = 100
+TEMPERATURE = 0.07
+
+
+def clusters(rows: int, dim: int, seed: int, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+    """(rows, dim) features around one centre per class, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    label = torch.randint(0, classes, (rows,), generator=generator)
+    return centre[label] + 4 * torch.randn(rows, dim, generator=generator), label
+
+
+def nearest_neighbours(queries: int, repeats: int) -> list[Row]:
+    """k = 20, cosine, weights exp(cosine / 0.07): the same votes on all sides."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train, label = clusters(60_000, 512, 0)
+    test, truth = clusters(queries, 512, 1)
+    sets = FeatureSets(train, label, test, truth)
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        numbers = knn.Evaluation(EvalConfig(knn_k=(20,), knn_temperature=TEMPERATURE)).run(sets)
+        found["ours"] = numbers["knn/top1_k20"]
+
+    def theirs() -> None:
+        other = KNeighborsClassifier(
+            20, algorithm="brute", metric="cosine", weights=lambda d: np.exp((1 - d) / TEMPERATURE), n_jobs=1
+        )
+        found["sklearn"] = 100 * other.fit(train.numpy(), label.numpy()).score(test.numpy(), truth.numpy())
+
+    def plain() -> None:
+        stored, asked, right = F.normalize(train), F.normalize(test), 0
+        for first in range(0, queries, 1024):
+            cosine, row = (asked[first : first + 1024] @ stored.T).topk(20)
+            votes = torch.zeros(len(row), CLASSES).scatter_add_(1, label[row], (cosine / TEMPERATURE).exp())
+            right += int((votes.argmax(1) == truth[first : first + 1024]).sum())
+        found["torch"] = 100 * right / queries
+
+    def product() -> None:
+        for first in range(0, queries, 1024):
+            torch.mm(test[first : first + 1024], train.T)
+
+    cpu = interleave({"ours": ours, "sklearn": theirs, "torch": plain, "product": product}, repeats)
+    name = f"kNN of {queries} queries in 60000 x 512, CPU s"
+    return [
+        at_most(f"{name}: sklearn brute", cpu["ours"], cpu["sklearn"], 1.0, cpu["product"]),
+        at_most(f"{name}: torch.topk", cpu["ours"], cpu["torch"], 1.0, cpu["product"]),
+        at_most("kNN: percent right, difference to sklearn", abs(found["ours"] - found["sklearn"]), 1.0, 0.05),
+        at_most("kNN: percent right, difference to torch.topk", abs(found["ours"] - found["torch"]), 1.0, 0.05),
+    ]
+
+
+def probes(rows: int, repeats: int) -> list[Row]:
+    """All settings of the fast linear probe together against one after the other."""
+    x, y = clusters(rows, 512, 2, classes=10)
+    rate_P, decay_P = torch.tensor(list(itertools.product(linear.RATES, linear.DECAYS))).T
+
+    def together() -> None:
+        linear.fit(x, y, 10, 5, 0, rate_P, decay_P)
+
+    def in_turn() -> None:
+        for p in range(len(rate_P)):
+            linear.fit(x, y, 10, 5, 0, rate_P[p : p + 1], decay_P[p : p + 1])
+
+    cpu = interleave({"together": together, "in turn": in_turn}, repeats)
+    name = f"{len(rate_P)} probes of {rows} x 512, 5 passes: one after another / together, CPU s"
+    return [at_least(name, cpu["in turn"], cpu["together"], 2.0)]
+
+
+def machines(quick: bool) -> list[Row]:
+    """PCL's whole SVM protocol on features of VOC2007's shape, against the bare calls of its SVMs."""
+    from sklearn.svm import LinearSVC
+
+    rows, dim = (1000, 512) if quick else (5011, 2048)
+    rng = np.random.default_rng(0)
+    sets = []
+    for seed in (3, 4):
+        x, _ = clusters(rows, dim, seed, classes=20)
+        label = torch.from_numpy(rng.choice([-1, 0, 1], (rows, 20), p=[0.9, 0.03, 0.07]).astype(np.int8))
+        sets.append(
+            (x + 2.0 * (label > 0).float() @ torch.randn(20, dim, generator=torch.Generator().manual_seed(7)), label)
+        )
+    (train, train_y), (test, test_y) = sets
+    nothing = torch.zeros(rows, dtype=torch.int64)
+    given = FeatureSets(train, nothing, test, nothing, train_multi=train_y, test_multi=test_y)
+
+    def bare() -> None:
+        unit, other = svm.unit(train), svm.unit(test)
+        for c in range(20):
+            LinearSVC(C=0.5, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000, random_state=0).fit(
+                unit, np.where(train_y[:, c].numpy() > 0, 1, -1)
+            ).decision_function(other)
+
+    protocol = svm.Evaluation(EvalConfig())
+    cpu = interleave({"protocol": lambda: protocol.run(given), "bare": bare}, 1)
+    name = f"SVM protocol, {rows} x {dim}, 20 classes, full and 5 x 5 low-shot draws, CPU s: the 20 full SVMs alone"
+    return [at_most(name, cpu["protocol"], cpu["bare"], 3.0)]
+
+
+def beside_training(steps: int, turns: int) -> list[Row]:
+    """Median wall time of a training step (MoCo on digits, this process) while a kNN runs in its Ray task, or not."""
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="raycon")
+    try:
+        step = training_step()
+        task = ray.remote(num_cpus=1)(_one_knn)
+        ray.get(task.remote(1000))  # its process is there
+        walls: dict[str, list[float]] = {"alone": [], "beside": []}
+        for _ in range(turns):
+            for name, values in walls.items():
+                running = task.remote(20_000) if name == "beside" else None
+                for _ in range(steps):
+                    if running is not None and ray.wait([running], timeout=0)[0]:
+                        running = task.remote(20_000)
+                    start = time.perf_counter()
+                    step()
+                    values.append(time.perf_counter() - start)
+                if running is not None:
+                    ray.get(running)
+    finally:
+        ray.shutdown()
+    beside, alone = (statistics.median(walls[k]) for k in ("beside", "alone"))
+    return [at_most("training step with a kNN on the other core, wall s: alone", beside, alone, 1.05)]
+
+
+def _one_knn(rows: int) -> None:
+    torch.set_num_threads(1)
+    x, y = clusters(rows, 256, 5)
+    knn.Evaluation(EvalConfig(knn_k=(20,))).run(FeatureSets(x, y, x, y))
+
+
+def training_step() -> Callable[[], None]:
+    """One step of MoCo on digits, batches from memory."""
+    from raycon.core.types import Batch, Mined
+    from raycon.nn import optim
+    from raycon.recipes import recipe
+    from raycon.training import job, loop
+
+    config = override(recipe("quickstart"), {"model.width": 32})
+    dataset = job.open_data(config)
+    method: Any = job.build_method(config, job.facts_of(config, dataset, 1), 1).train()
+    optimizer = optim.build_optimizer(method, config.train)
+    views = torch.randn(2, config.train.batch, 1, config.data.size, config.data.size)
+    batch = Batch(tuple(views), torch.arange(config.train.batch), torch.full((config.train.batch,), -1))
+
+    def step() -> None:
+        loop.forward_backward(method, batch, Mined(None, (), 0), 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(quick: bool) -> list[Row]:
+    torch.set_num_threads(1)
+    return [
+        *nearest_neighbours(1024 if quick else 10_000, 1 if quick else 3),
+        *probes(5000 if quick else 20_000, 3),
+        *machines(quick),
+        *beside_training(30 if quick else 100, 3 if quick else 5),
+    ]
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", measure)
