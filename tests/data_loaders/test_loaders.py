@@ -282,11 +282,18 @@ def test_ranks_share_out_the_same_global_batches(small: ArraySet, cache: Path) -
     assert len(set(flat)) == len(flat) == 256
 
 
-@pytest.mark.parametrize("augment", AUGMENT)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("data", ["small", "photos"])
+@pytest.mark.parametrize(
+    ("data", "kind", "augment"),
+    [
+        *(pytest.param(data, "torch", augment) for data in ("small", "photos") for augment in ("batched", "fused")),
+        pytest.param("small", "ffcv", "fused", marks=pytest.mark.ffcv),
+        pytest.param("photos", "ray", "batched", marks=pytest.mark.ray),
+    ],
+)
 def test_the_stream_is_elastic(data: str, cache: Path, kind: str, augment: str, request: pytest.FixtureRequest) -> None:
     """An epoch's rows and views on 1, 2 and 3 ranks; and gone on with, in its middle, by other numbers of ranks."""
+    if augment == "fused":
+        pytest.importorskip("numba")
     dataset = request.getfixturevalue(data)
     batch, epoch = (60, 4) if dataset.image else (6, 4)
 
