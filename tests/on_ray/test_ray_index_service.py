@@ -51,8 +51,12 @@ def spec(port: int, folder: Path) -> Iterator[IndexSpec]:
     ray.shutdown()
 
 
-def kill(spec: IndexSpec, number: int) -> None:
-    ray.kill(ray.get_actor(spec.shard_names[number], spec.namespace), no_restart=False)
+def kill(spec: IndexSpec, number: int, wait: bool = True) -> None:
+    """Kill a shard actor and wait for the process that takes its place, which has been handed nothing."""
+    shard = ray.get_actor(spec.shard_names[number], spec.namespace)
+    ray.kill(shard, no_restart=False)
+    while wait and ray.get(shard.call.remote("stamp"), timeout=120)[1] > 0:
+        pass
 
 
 @pytest.mark.chaos
@@ -73,7 +77,7 @@ def test_killed_shards_come_back_from_disk(spec: IndexSpec, folder: Path) -> Non
     assert rows[:, 0].tolist() == [0, 1, 2, 3, 4]
     kill(spec, 1)
     index.begin(4, Needs(clusterings=(300, 20), neighbours=3))
-    kill(spec, 0)
+    kill(spec, 0, wait=False)
     after, _ = index.snapshot(4, Needs(clusterings=(300, 20), neighbours=3))
     assert after.assignment[0].equal(before.assignment[0])
     assert after.prototypes[0].equal(before.prototypes[0])
