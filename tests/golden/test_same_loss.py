@@ -20,7 +20,7 @@ RECORD = Path(__file__).parent / "same_loss.json"
 RUNS = {
     "pcl": ["quickstart", "--method.warmup-epochs=1", "--mining.redo=1", "--mining.iterations=3", "--train.warmup-epochs=1"],
     "moco": ["fashion-mnist-moco-cpu", "--data.name=digits", "--data.views=mocov2", "--data.size=16",
-             "--train.batch=128", "--method.queue=512"],
+             "--train.batch=128", "--method.queue=512", "--method.temperature=0.2"],
 }  # fmt: skip
 
 
