@@ -271,9 +271,12 @@ def load(name: EngineName = "auto", device: DeviceName = "cpu") -> Engine:
     return FaissEngine() if name != "torch" and has_faiss else TorchEngine()
 
 
-def problems(name: EngineName = "auto", device: DeviceName = "cpu", option: str = "mining") -> list[str]:
+def problems(
+    name: EngineName = "auto", device: DeviceName = "cpu", option: str = "mining", graph: bool = False
+) -> list[str]:
     """Why this machine cannot give what is asked: one line each with the option and the fix, [] when it can.
 
+    ``graph``: neighbours by HNSW are wanted, which faiss alone has, on the CPU.
     faiss itself would fall back to the CPU without a word when a GPU is asked for and there is none.
     """
     found = []
@@ -284,6 +287,11 @@ def problems(name: EngineName = "auto", device: DeviceName = "cpu", option: str 
         found.append(
             f"{' and '.join(several)} are installed, which write the same folder faiss/: pip uninstall them all, then "
             f"install one, or give {option}.engine = torch"
+        )
+    if graph and (name == "torch" or device == "gpu" or not present):
+        found.append(
+            f"{option}.neighbours = hnsw needs faiss on the CPU (here: engine = {name}, device = {device}, faiss "
+            f"{'installed' if present else 'not installed'}): give {option}.neighbours = ivf"
         )
     if device == "gpu" and not torch.cuda.is_available():
         found.append(f"{option}.device = gpu but torch {torch.__version__} finds no CUDA device here: give cpu")

@@ -103,6 +103,8 @@ def test_faiss_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         load("faiss")
     assert load("auto").name == "torch"
+    (problem,) = engines.problems("auto", graph=True)
+    assert problem.startswith("mining.neighbours = hnsw needs faiss on the CPU")
 
 
 @pytest.mark.gpu
