@@ -38,7 +38,13 @@ def fashion_mnist_pcl_cpu() -> RunConfig:
     """
     return RunConfig(
         method=methods.configure(
-            "pcl", queue=4096, negatives=256, clusters=(500, 1000, 1500), warmup_epochs=6, momentum=0.99
+            "pcl",
+            queue=4096,
+            negatives=256,
+            clusters=(500, 1000, 1500),
+            warmup_epochs=6,
+            momentum=0.99,
+            temperature=0.1,
         ),
         model=ModelConfig(encoder="resnet10", width=16, stem="small-stride2"),
         data=DataConfig(name="fashion-mnist", size=28, views="fashion"),
