@@ -208,13 +208,14 @@ def _weights(length: int, size: int) -> Any:
 
 
 @_compiled
-def _across(source: Any, top: int, height: int, left: int, width: int, size: int) -> Any:
-    """(height, 3 x size) bytes: ``height`` lines of ``source`` from ``top`` on, ``width`` pixels of each resized."""
-    first, _, weight, fourfold = _weights(width, size)
-    groups = weight.shape[1] // _TAPS
-    out = np.empty(height * size * 3 + _TAPS, np.uint8)
+def _weigh_lines(
+    source: Any, top: int, height: int, left: int, size: int, most: int, first: Any, fourfold: Any, out: Any
+) -> None:
+    """The loops of ``_across``, by addresses. A function of its own, or Numba would free an array at its last mention,
+    where its address is taken: arguments belong to the caller until the end."""
+    groups = most // _TAPS
     from_, to, places, factors = source.ctypes.data, out.ctypes.data, first.ctypes.data, fourfold.ctypes.data
-    per_pixel, fours = 16 * weight.shape[1], size - size % 4 if groups <= 2 else 0
+    per_pixel, fours = 16 * most, size - size % 4 if groups <= 2 else 0
     for y in range(height):
         line, end = from_ + (top + y) * source.shape[1] + 3 * left, to + 3 * size * y
         if groups == 1:
@@ -225,6 +226,14 @@ def _across(source: Any, top: int, height: int, left: int, width: int, size: int
                 _four_of_two_groups(line, places + 8 * x, factors + per_pixel * x, end + 3 * x, groups)
         for x in range(fours, size):
             _one_of_any(line, places + 8 * x, factors + per_pixel * x, end + 3 * x, groups)
+
+
+@_compiled
+def _across(source: Any, top: int, height: int, left: int, width: int, size: int) -> Any:
+    """(height, 3 x size) bytes: ``height`` lines of ``source`` from ``top`` on, ``width`` pixels of each resized."""
+    first, _, weight, fourfold = _weights(width, size)
+    out = np.empty(height * size * 3 + _TAPS, np.uint8)
+    _weigh_lines(source, top, height, left, size, weight.shape[1], first, fourfold, out)
     return out[: height * size * 3].reshape(height, 3 * size)
 
 

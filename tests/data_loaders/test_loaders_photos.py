@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,26 @@ def test_crops_are_pils_to_the_bit() -> None:
         expected = np.asarray(part.resize(size[::-1], Image.Resampling.BILINEAR))
         off = np.abs(found.astype(int) - expected).max()
         assert off == 0 if EXACT else off <= 1, (height, width, size)
+
+
+def test_no_memory_is_used_after_it_was_freed() -> None:
+    """Compiled code that works with addresses, where the C library overwrites what is freed (glibc's MALLOC_PERTURB_):
+    an array that Numba lets go too early would give other pixels, or a crash."""
+    code = """
+import numpy as np
+from PIL import Image
+from raycon.data_loaders import jpeg
+source = jpeg.room(90, 120)
+source[:] = np.random.default_rng(0).integers(0, 256, source.shape, dtype=np.uint8)
+for size in ((40, 44), (60, 150), (7, 9), (33, 61)):
+    found = np.empty((*size, 3), np.uint8)
+    jpeg.resize(source, 3, 5, 80, 100, found)
+    expected = np.asarray(Image.fromarray(source[3:83, 5:105]).resize(size[::-1], Image.Resampling.BILINEAR))
+    assert np.abs(found.astype(int) - expected).max() <= 1, size
+"""
+    env = os.environ | {"MALLOC_PERTURB_": "165"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("compiled", [True, False])
