@@ -212,7 +212,7 @@ def test_what_is_wrong_is_named(table: Path, tmp_path: Path, capsys: pytest.Capt
         "bad.parquet": "no Parquet file that can be read",
     }.items():
         text = refused(capsys, "stats", tmp_path / file)
-        assert text.startswith(f"python -m raycon.index stats: {tmp_path / file}"), text
+        assert str(tmp_path / file) in text
         assert words in text
     assert json.loads(done(capsys, "stats", two, "--column", "b", "--json"))["rows"] == 3
     assert "no column 'c' of lists of floats; there are a, b" in refused(capsys, "stats", two, "--column", "c")
