@@ -35,7 +35,7 @@ python="$VENV/bin/python"
 
 accelerator=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then accelerator=gpu; fi
-extras=${RAYCON_EXTRAS:-$accelerator,ray,tune,wandb,report,eval,dev}
+extras=${RAYCON_EXTRAS:-$accelerator,ray,tune,fast,wandb,tensorboard,report,eval,timm,export,dev}
 say "installing raycon[$extras] into $VENV (the first time this fetches about 3 GB)"
 "$python" -m pip install -q -c constraints.txt -e ".[$extras]"
 
