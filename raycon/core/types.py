@@ -213,6 +213,10 @@ class Runtime(Protocol):
         """The same answer on every rank."""
         ...
 
+    def should_save(self) -> bool:
+        """A checkpoint is wanted at once: a machine is about to be taken away. The same answer on every rank."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderPlan:

@@ -32,6 +32,8 @@ from raycon.on_ray.meters import CoordinatorMeters, ShardMeters
 
 logger = logging.getLogger(__name__)
 
+OFF_SPOT = {"ray.io/market-type": "!spot"}
+"""Label selector of what should not be lost with a spot node. Nodes without the label match."""
 _ACTOR: dict[str, Any] = {
     "num_cpus": 0,  # a shard may work while the trainers wait: it need not take a core that their group needs
     "max_restarts": -1,
@@ -76,7 +78,11 @@ class IndexSpec:
 
     @property
     def coordinator_name(self) -> str:
-        return f"{self.run_name}/index/coordinator"
+        return coordinator_name(self.run_name)
+
+
+def coordinator_name(run_name: str) -> str:
+    return f"{run_name}/index/coordinator"
 
 
 @ray.remote(**_ACTOR)
@@ -287,7 +293,8 @@ def start_index(
     memory = _check_memory(spec, exists)
     if saved is not None and saved.write and not exists:
         clear(saved.folder)
-    common = {"namespace": namespace, "get_if_exists": True, "scheduling_strategy": "SPREAD"}
+    common: dict[str, Any] = {"namespace": namespace, "get_if_exists": True, "scheduling_strategy": "SPREAD"}
+    common["label_selector"] = OFF_SPOT  # of a cluster whose nodes say so
     shard: Any = IndexShard
     shards = [
         shard.options(name=name, num_cpus=mining.cpus, num_gpus=mining.gpus, memory=memory, **common).remote(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import shutil
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,14 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, Validation
 
 from raycon import methods
 from raycon.core import log
-from raycon.core.config import ConfigError, Facts, RunConfig, from_dict, to_dict
+from raycon.core.config import ConfigError, Facts, RunConfig, from_dict, to_dict, world_sizes
+from raycon.on_ray.placement import missing, per_worker, watched
+from raycon.on_ray.placement import problems as placement_problems
 
 logger = logging.getLogger("raycon")
 
 NAMESPACE = "raycon"
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 FAILURE_FILE = "failure.json"
 
 
@@ -36,9 +42,9 @@ def connect(dashboard_port: int = 0) -> None:
     """
     if ray.is_initialized():
         return
-    # Restarts should not wait for a minute on stale reservations, nor reports for a slow poll.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    # Reports should not wait for a slow poll, nor a checkpoint for the news that a node goes.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -54,36 +60,6 @@ def connect(dashboard_port: int = 0) -> None:
         ray.init(address=address, **quiet)
 
 
-def placement_problems(config: RunConfig) -> list[str]:
-    """Why the cluster can never place this run: what is asked for and what is there. [] when it can, or may grow."""
-    scaling, there = config.scaling, ray.cluster_resources()
-    if scaling.autoscaling:
-        return []  # what is missing may yet be started
-    free = ray.available_resources()
-    found = []
-    for what, each in (("CPU", scaling.cpus_per_worker), ("GPU", scaling.gpus_per_worker)):
-        most = max((n["Resources"].get(what, 0.0) for n in ray.nodes() if n["Alive"]), default=0.0)
-        if each * scaling.workers > there.get(what, 0.0) or each > most:
-            found.append(
-                f"scaling.workers = {scaling.workers} x {each:g} {what} each can never be placed: the cluster has "
-                f"{there.get(what, 0):g} {what} on {len(ray.nodes())} node(s), {free.get(what, 0):g} of them free; "
-                f"lower scaling.workers or scaling.{what.lower()}s-per-worker, or add nodes "
-                "(--scaling.autoscaling when they come by themselves)"
-            )
-    mining = config.mining
-    if config.method.needs().snapshot and not found:
-        shares = (("CPU", mining.cpus, scaling.cpus_per_worker), ("GPU", mining.gpus, scaling.gpus_per_worker))
-        for what, each, worker in shares:
-            workers = worker * scaling.workers
-            if each and workers + each * mining.shards > there.get(what, 0.0):
-                found.append(
-                    f"mining.{what.lower()}s = {each:g} x mining.shards = {mining.shards} beside {workers:g} {what} for "
-                    f"the workers can never be placed: the cluster has {there.get(what, 0):g} {what}; lower one of them, "
-                    "or add nodes"
-                )
-    return found
-
-
 def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
     """Train ``config`` in ``run_dir`` to its end, with all evaluations. Raises ConfigError and RunFailed."""
     from raycon.index.service import Saved
@@ -91,7 +67,8 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
     from raycon.training.job import feature_dim
 
     connect()
-    if problems := placement_problems(config):
+    problems = placement_problems(config)
+    if problems := problems or name_problems(run_dir):
         raise ConfigError(problems)
     (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     dim = feature_dim(config)
@@ -103,25 +80,79 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
         spec = start_index(
             run_dir.name, facts.rows, dim, config.mining, namespace=NAMESPACE, seed=config.seed, saved=saved
         )
+    trainer = build_trainer(config, run_dir, spec)
+    lost: Exception | None = None
+    try:
+        with watched(config, run_dir):
+            trainer.fit()
+    except Exception as error:
+        lost = error
+    finally:
+        if spec is not None:
+            stop_index(spec)
+    failure = run_dir / FAILURE_FILE
+    if failure.exists():
+        raise RunFailed(json.loads(failure.read_text(encoding="utf-8"))["error"])
+    if isinstance(lost, ray.train.ControllerError):
+        raise RunFailed(f"after scaling.wait-s = {config.scaling.wait_s:g}: {missing(config)} ({lost})") from lost
+    if lost is not None:
+        raise RunFailed(
+            f"lost workers more than scaling.max-failures = {config.scaling.max_failures} times: {lost}"
+        ) from lost
+
+
+def name_problems(run_dir: Path, seconds: float = 30.0) -> list[str]:
+    """Actors of a run are found by its name: is there another run of this name on the cluster?
+
+    Those of a run that was just killed go within seconds: they are waited for.
+    """
+    from raycon.on_ray.index import coordinator_name
+
+    name = coordinator_name(run_dir.name)
+    end = time.monotonic() + seconds
+    while {"name": name, "namespace": NAMESPACE} in ray.util.list_named_actors(all_namespaces=True):
+        if time.monotonic() > end:
+            return [
+                f"run.dir = {str(run_dir)!r}: a run of the name {run_dir.name!r} is on this cluster already; wait for it, "
+                "or give a directory of another name"
+            ]
+        time.sleep(0.5)
+    return []
+
+
+def build_trainer(config: RunConfig, run_dir: Path, spec: Any) -> ray.train.torch.TorchTrainer:
+    """The Ray Train run of a configuration. ``spec``: the started index, or None."""
     scaling = config.scaling
-    resources = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = scaling.gpus_per_worker
+    # A group that is placed on reservations of a lost node waits this out before it is placed anew.
+    start_s = int(os.environ.setdefault(START_TIMEOUT, "20" if scaling.min_workers else "60"))
     # Threads only: secrets (a wandb key) must come from the nodes' own environment, Ray logs what stands here.
     env = {"OMP_NUM_THREADS": str(scaling.threads)}
-    trainer = ray.train.torch.TorchTrainer(
+    kind, more = ray.train.torch.TorchTrainer, {}
+    workers: int | tuple[int, int] = scaling.workers
+    if scaling.min_workers:
+        from raycon.on_ray.elastic import ElasticTrainer
+
+        kind, more = ElasticTrainer, {"sizes": world_sizes(config)}
+        workers = (scaling.min_workers, scaling.workers)
+    return kind(
         _worker,
         train_loop_config={"config": to_dict(config), "run_dir": str(run_dir), "index": spec},
         scaling_config=ScalingConfig(
-            num_workers=scaling.workers, use_gpu=bool(scaling.gpus_per_worker), resources_per_worker=resources
+            num_workers=workers,
+            use_gpu=bool(scaling.gpus_per_worker),
+            resources_per_worker=per_worker(config),
+            elastic_resize_monitor_interval_s=scaling.resize_s,
         ),
         torch_config=ray.train.torch.TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if scaling.gpus_per_worker else "gloo", timeout_s=1800
+            backend="cpu:gloo,cuda:nccl" if scaling.gpus_per_worker else "gloo", timeout_s=scaling.timeout_s
         ),
         run_config=ray.train.RunConfig(
             name=run_dir.name,
             storage_path=str(run_dir.parent),
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            failure_config=FailureConfig(
+                max_failures=scaling.max_failures,
+                controller_failure_limit=max(1, math.ceil(scaling.wait_s / start_s)),
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=None),  # raycon prunes its own checkpoints
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": env},
@@ -132,20 +163,8 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
             # It only waits for tasks of its own, which hold what evals.cpus and evals.gpus say.
             ray_remote_kwargs={"num_cpus": 0, "num_gpus": 0, "max_retries": 2},
         ),
+        **more,
     )
-    lost: Exception | None = None
-    try:
-        trainer.fit()
-    except Exception as error:
-        lost = error
-    finally:
-        if spec is not None:
-            stop_index(spec)
-    failure = run_dir / FAILURE_FILE
-    if failure.exists():
-        raise RunFailed(json.loads(failure.read_text(encoding="utf-8"))["error"])
-    if lost is not None:
-        raise RunFailed(f"lost workers more than scaling.max-failures = {scaling.max_failures} times: {lost}") from lost
 
 
 def _worker(given: dict[str, Any]) -> None:
@@ -153,7 +172,7 @@ def _worker(given: dict[str, Any]) -> None:
     import ray.train.torch
 
     from raycon.on_ray.index import RayIndex
-    from raycon.on_ray.runtime import RayRuntime
+    from raycon.on_ray.runtime import MARK, RayRuntime
     from raycon.training import job
     from raycon.training.runtime import no_index
 
@@ -166,6 +185,8 @@ def _worker(given: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     index = RayIndex(given["index"], rank, world) if given["index"] is not None else no_index()
+    if rank == 0:
+        shutil.rmtree(run_dir / f".{MARK}", ignore_errors=True)  # of an earlier attempt
     try:
         job.train_rank(config, run_dir, device, RayRuntime(run_dir, index, device))
     except (*job.STOPS, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError) as error:
@@ -173,6 +194,23 @@ def _worker(given: dict[str, Any]) -> None:
         text = json.dumps({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
         failure.write_text(text, encoding="utf-8")
         raise
+    except RuntimeError as error:
+        if world > 1 and "timed out" in str(error).lower():
+            text = waited_in_vain(run_dir, rank, world, config.scaling.timeout_s)
+            raise RuntimeError(text) from error
+        raise
+
+
+def waited_in_vain(run_dir: Path, rank: int, world: int, seconds: float) -> str:
+    """Name the ranks that kept the others waiting; the lowest of the others writes it down."""
+    from raycon.on_ray.runtime import silent_ranks
+
+    silent = silent_ranks(run_dir, rank, world)
+    who = f"rank {', '.join(map(str, silent))}" if silent else "no single rank (the network between them, then)"
+    text = f"ranks waited for {seconds:g} s (scaling.timeout-s) and did not hear from {who}: starting again"
+    if rank == min(set(range(world)) - set(silent)):
+        log.append_line(run_dir / "metrics.jsonl", {"kind": "event", "step": 0, "text": text})
+    return text
 
 
 def _evaluate(checkpoint: ray.train.Checkpoint, run_dir: str, threads: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def train(
     loader.stopwatch = meter.augment
     watch = Watch(config, method, getattr(getattr(loader, "dataset", None), "label", None), per_epoch, runtime.world)
 
-    stopping = False
+    stopping = saving = False
     while step < steps and not stopping:
         epoch = step // per_epoch
         if method.needs.snapshot and epoch >= method.needs.from_epoch:
@@ -119,8 +119,8 @@ def train(
                 if warning := watch.warning(told):
                     logger.warning("%s", warning)
                     metrics.write("event", step, epoch=epoch, text=warning)
-                stopping = runtime.should_stop()
-            if stopping or due(config, step, per_epoch, steps):
+                stopping, saving = runtime.should_stop(), runtime.should_save()
+            if stopping or saving or due(config, step, per_epoch, steps):
                 guard.flush()
                 mining.settle(epoch, step)
                 saved, evaluate = None, due_evaluation(config, step, per_epoch, steps)
@@ -138,6 +138,9 @@ def train(
                 runtime.report({"step": step, "epoch": epoch, "loss": float(output.loss.detach())}, saved, evaluate)
                 if evaluate:
                     metrics.write("state", step, epoch=epoch, evaluating=step)
+                if saving:
+                    metrics.write("event", step, epoch=epoch, text="a node is being taken away: saved")
+                    saving = False
                 meter.pause()
             if stopping:
                 break
@@ -315,7 +318,24 @@ def log_step(
     if output.loss.is_cuda:
         numbers["gpu_memory_gb"] = torch.cuda.max_memory_allocated(output.loss.device) / 1e9
     numbers |= meter.read(steps - step)
+    numbers |= slowest(numbers["time/data"] + numbers.get("time/augment", 0.0))
     metrics.write("train", step, epoch=epoch, epochs=config.train.epochs, steps=steps, **numbers)
+
+
+def slowest(seconds: float) -> dict[str, float]:
+    """Which rank takes longest for its batch, how long, and the median over the ranks; {} for one rank.
+
+    Waiting for images and making views happens without the other ranks, so a slow machine shows here; in the rest of a
+    step all ranks wait for each other.
+    """
+    if dist.world() == 1:
+        return {}
+    seconds_W = dist.gather(torch.tensor([seconds], dtype=torch.float64))
+    return {
+        "ranks/slowest": int(seconds_W.argmax()),
+        "ranks/slowest_s": float(seconds_W.max()),
+        "ranks/median_s": float(seconds_W.median()),
+    }
 
 
 def save_views(batch: Batch, run_dir: Path, config: RunConfig, metrics: Metrics) -> None:

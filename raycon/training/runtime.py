@@ -83,3 +83,6 @@ class LocalRuntime:
 
     def should_stop(self) -> bool:
         return stop_asked(self._run_dir)
+
+    def should_save(self) -> bool:
+        return False
