@@ -95,8 +95,21 @@ def parse(arguments: list[str]) -> tuple[RunConfig, Path | None]:
     about = f"{__doc__}\n{recipe_list()}\n\nThe options below are shown with the values of {named or 'quickstart'}."
     if named:
         about = f"{named}: {recipes()[named].__doc__}\n{about}"
+    rest = elastic(rest)
     config = tyro.cli(RunConfig, default=base, args=rest, description=about, prog="python -m raycon.pretrain")
     return config, Path(resume).resolve() if resume else None
+
+
+def elastic(arguments: list[str]) -> list[str]:
+    """--scaling.workers MIN:MAX, written as the two options that it is."""
+    found = list(arguments)
+    value = _take(found, "--scaling.workers")
+    if value is None or ":" not in value:
+        return arguments
+    match = re.fullmatch(r"(\d+):(\d+)", value)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError([f"--scaling.workers {value}: give a number, or MIN:MAX with 1 <= MIN <= MAX"])
+    return [*found, f"--scaling.min-workers={match[1]}", f"--scaling.workers={match[2]}"]
 
 
 def _take(arguments: list[str], option: str) -> str | None:
@@ -147,6 +160,9 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
     run_dir = Path(dist.gather_objects(str(choose_run_dir(config)))[0])
     config = absolute(config, run_dir)
     world = config.scaling.workers if config.runtime == "ray" else dist.world()
+    if resume is None and same_run(config, run_dir):
+        logger.info("%s holds this very run: going on with it", run_dir)
+        resume = run_dir
     problems = start_problems(config, run_dir, resume, world)
     dataset = None
     try:
@@ -159,6 +175,7 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
         problems += network_problems(config, dataset)
     if problems:
         raise ConfigError(problems)
+    held = lock(run_dir) if dist.rank() == 0 else None
     if dist.rank() == 0:
         prepare(config, run_dir, resume, command)
         for warning in config.method.warnings(facts):
@@ -181,7 +198,10 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
                 beside_signals(lambda: trainer.fit(config, run_dir, facts))
             else:
                 run_local(config, run_dir)
-    return finish(config, run_dir, time.monotonic() - started)
+    status = finish(config, run_dir, time.monotonic() - started)
+    if held is not None:
+        held.close()
+    return status
 
 
 def run_local(config: RunConfig, run_dir: Path) -> None:
@@ -333,6 +353,48 @@ def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world:
         if importlib.util.find_spec("ray") is None:
             found.append("runtime = ray: Ray is not installed; pip install 'raycon[ray]', or give --runtime local")
     return found
+
+
+def same_run(config: RunConfig, run_dir: Path) -> bool:
+    """Does the directory hold a run of these very options? What says where, how loud and on how many is no matter.
+
+    So a job that is given again after its machine was lost goes on, whoever gives it.
+    """
+    file = run_dir / "config.yaml"
+    if not (run_dir / "checkpoints").is_dir() or not file.is_file():
+        return False
+    try:
+        there = read_yaml(file)
+    except ConfigError:
+        return False
+    return dataclasses.replace(there, run=config.run, log=config.log, scaling=config.scaling) == config
+
+
+def lock(run_dir: Path) -> Any:
+    """Hold the run directory until the result is closed or this process ends, however it ends.
+
+    Raises ConfigError when another process holds it: two runs would write over each other.
+    """
+    import fcntl
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / ".lock"
+    handle = file.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        holder = handle.read().strip() or "another process"
+        handle.close()
+        raise ConfigError(
+            [f"run.dir = {str(run_dir)!r} is being trained in by {holder}: wait for it, stop it, or give another"]
+        ) from None
+    except OSError as error:  # a file system without locks
+        logger.warning("warning: %s: no lock (%s); see to it that no two runs write here", run_dir, error)
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    handle.flush()
+    return handle
 
 
 def resume_problems(resume: Path) -> list[str]:

@@ -264,7 +264,16 @@ class ScalingConfig:
     threads: int = 1
     """CPU threads of each rank's torch operations."""
     max_failures: int = 3
-    """How often a run recovers from the loss of a worker."""
+    """How often a run recovers from the loss of a worker; -1: always. A node that goes with notice does not count."""
+    min_workers: int = 0
+    """Elastic: go on with so few workers when nodes go, and grow back; the global batch stays as it is. 0: always
+    ``workers``. Short: --scaling.workers MIN:MAX."""
+    resize_s: float = 60.0
+    """Elastic: how often the run looks whether it can grow (it restarts from a checkpoint to do so)."""
+    timeout_s: float = 1800.0
+    """How long a rank waits for the others before the run restarts without the one that does not answer."""
+    wait_s: float = 1800.0
+    """How long workers may wait for their place in the cluster before the run ends, saying what is missing."""
     autoscaling: bool = False
     """The cluster grows by itself: do not refuse more workers than fit it now."""
 
@@ -545,7 +554,30 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
         config.scaling.max_failures >= -1,
         f"scaling.max_failures = {config.scaling.max_failures}: give -1 (no limit) or more",
     )
+    found += elastic_problems(config)
     return found + config.method.problems(facts)
+
+
+def world_sizes(config: RunConfig) -> list[int]:
+    """The numbers of workers a run may have: those that the global batch divides over, if it is elastic."""
+    scaling = config.scaling
+    if not scaling.min_workers:
+        return [scaling.workers]
+    return [w for w in range(scaling.min_workers, scaling.workers + 1) if config.train.batch % w == 0]
+
+
+def elastic_problems(config: RunConfig) -> list[str]:
+    """What is wrong with the time limits and the range of workers."""
+    scaling = config.scaling
+    found = above_zero("scaling.timeout_s", scaling.timeout_s) + above_zero("scaling.wait_s", scaling.wait_s)
+    found += above_zero("scaling.resize_s", scaling.resize_s)
+    found += within("scaling.min_workers", scaling.min_workers, 0, max(scaling.workers, 0))
+    if not found and scaling.min_workers and scaling.min_workers not in world_sizes(config):
+        found.append(
+            f"train.batch = {config.train.batch} does not divide over scaling.min_workers = {scaling.min_workers}: it "
+            "stays the same whatever the number of workers; give another number of either"
+        )
+    return found
 
 
 def evaluation_problems(evals: EvalConfig) -> list[str]:

@@ -13,6 +13,7 @@ A directory appears under its name only when it is complete and on disk. Nothing
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,7 +68,8 @@ def save(
     """Write ``folder/<step>`` atomically and point ``folder/last`` to it.
 
     ``state`` holds at least "step" and "evaluate". A snapshot that the previous checkpoint already holds is linked, not written.
-    Raises OSError when the disk is full; what was there before is then untouched.
+    Raises CheckpointError when the disk is full, OSError when writing fails otherwise; what was there before is then
+    untouched.
     """
     target = folder / f"{state['step']:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,11 +94,27 @@ def save(
             shutil.rmtree(target)
         os.replace(work, target)
         _sync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        if disk_full(error):
+            last = newest(folder)[0]
+            kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+            raise CheckpointError(
+                f"{target} could not be written, the disk is full ({error}): {kept}; make room, then go on with "
+                f"--resume {folder.parent}"
+            ) from error
         raise
     _point(folder / "last", target.name)
     return target
+
+
+def disk_full(error: BaseException) -> bool:
+    """Is there no room (disk, quota, or the size a process may write)? safetensors tells by its words alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, SafetensorError) and any(
+        f"os error {number}" in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    )
 
 
 def prune(folder: Path, keep: int, evaluated: Callable[[int], bool]) -> None:

@@ -5,6 +5,7 @@ Loaders and data sets are found by name, so that this floor does not depend on t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 from pathlib import Path
@@ -109,8 +110,20 @@ def feature_dim(config: RunConfig) -> int:
     return int(getattr(config.method, "dim", 0)) if config.method.needs().snapshot else 0
 
 
+def fit_to_world(config: RunConfig, world: int) -> RunConfig:
+    """An elastic run on ``world`` ranks: the same global batch in more micro-batches, none larger than on all workers."""
+    train, scaling = config.train, config.scaling
+    if not scaling.min_workers or world >= scaling.workers:
+        return config
+    most = train.batch // (scaling.workers * train.accumulate)
+    local = train.batch // world
+    parts = next(p for p in range(1, local + 1) if local % p == 0 and local // p <= max(most, 1))
+    return dataclasses.replace(config, train=dataclasses.replace(train, accumulate=parts))
+
+
 def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: Runtime) -> Progress:
     """Train one rank of a run; the process group is there already, ``runtime`` is the outside world."""
+    config = fit_to_world(config, runtime.world)
     torch.set_num_threads(config.scaling.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
