@@ -150,8 +150,9 @@ class TorchEngine:
         kept: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []  # query, position, score
         size = min(max(_CPU_SCORES // max(total, 1), 4 * count, 256), len(rows_ND))
         for start in range(0, len(rows_ND), size):
-            block = torch.from_numpy(rows_ND[start : start + size])
-            score = self._scores(queries, block, block.square().sum(1))
+            rows = rows_ND[start : start + size]
+            block, squared = torch.from_numpy(rows), torch.from_numpy(np.einsum("nd,nd->n", rows, rows))
+            score = self._scores(queries, block, squared)
             if start == 0 and len(block) > 4 * count:
                 group = len(block) // (4 * count)
                 least = score.as_strided((total, group, 4 * count), (len(block), 4 * count, 1)).amin(1)

@@ -377,12 +377,17 @@ class Shard:
         self.engine.use_threads(self.threads)
         sqdist_QK = np.full((len(queries_QD), count + 1), np.inf, dtype=np.float32)
         row_QK = np.full((len(queries_QD), count + 1), -1, dtype=np.int64)
+        memory = np.empty((0, self.dim), dtype=self._features_ND.dtype)  # of one group: fresh memory costs page faults
         for (a, b), lists in zip(itertools.pairwise(np.cumsum([0, *groups])), picks, strict=True):
             members = np.concatenate([order[starts_L[n] : ends_L[n]] for n in lists])
             found = min(count + 1, len(members))
             if found == 0 or a == b:
                 continue
-            rows = self._features_ND[members].astype(np.float32, copy=False)
+            if len(memory) < len(members):
+                memory = np.empty((len(members), self.dim), dtype=self._features_ND.dtype)
+            rows = memory[: len(members)]
+            np.take(self._features_ND, members, axis=0, out=rows, mode="clip")  # clip: else it makes a copy first
+            rows = rows.astype(np.float32, copy=False)
             sqdist_QK[a:b, :found], position = self._plain.search(
                 queries_QD[a:b], rows, found
             )  # few: faster than faiss
