@@ -33,6 +33,37 @@ lint: $(ready)  ## ruff
 types: $(ready)  ## mypy
 	@$(bin)/mypy
 
+bench: $(ready)  ## every benchmark this machine can run, and docs/performance.md (ARGS="--quick": the short forms)
+	@$(bin)/python -m benchmarks $(ARGS)
+
+same-loss: export OMP_NUM_THREADS = 1
+
+.PHONY: help setup pretrain test check lint types bench same-loss wheel data clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(ready)  ## install everything into .venv (FORCE=1: again)
+$(ready): pyproject.toml constraints.txt cluster/setup_machine.sh $(if $(FORCE),force)
+	@bash cluster/setup_machine.sh
+	@touch $@
+.PHONY: force
+force:
+
+pretrain: $(ready)  ## the main job: PCL on scikit-learn's digits with 2 Ray Train workers
+	@$(bin)/python -m raycon.pretrain quickstart $(ARGS)
+
+test: check  ## all tests: `check`, then those that need Ray, FFCV or more time
+	@$(bin)/python -m pytest -q -m "ray or ffcv or ranks or slow or chaos" $(ARGS)
+
+check: lint types  ## ruff, mypy and the quick tests, in about a minute
+	@$(bin)/python -m pytest -q -m "not (ray or ffcv or ranks or slow or chaos)" $(ARGS)
+
+lint: $(ready)  ## ruff
+	@$(bin)/ruff check . && $(bin)/ruff format --check .
+
+types: $(ready)  ## mypy
+	@$(bin)/mypy
+
 bench: $(ready)  ## every benchmark this machine can run, the quick form
 	@for b in $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | grep -v -e __init__ -e harness); do \
 		$(bin)/python -m benchmarks.$$b --quick || exit 1; done
