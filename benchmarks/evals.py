@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def probes(rows: int, repeats: int) -> list[Row]:
 
 
 def machines(quick: bool) -> list[Row]:
-    """PCL's whole SVM protocol on features of VOC2007's shape, against the bare calls of its SVMs."""
+    """PCL's whole SVM protocol on features of VOC2007's shape, against the bare calls that fit and ask its 520 SVMs."""
     from sklearn.svm import LinearSVC
 
     rows, dim = (1000, 512) if quick else (5011, 2048)
@@ -109,16 +110,17 @@ def machines(quick: bool) -> list[Row]:
     given = FeatureSets(train, nothing, test, nothing, train_multi=train_y, test_multi=test_y)
 
     def bare() -> None:
-        unit, other = svm.unit(train), svm.unit(test)
-        for c in range(20):
-            LinearSVC(C=0.5, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000, random_state=0).fit(
-                unit, np.where(train_y[:, c].numpy() > 0, 1, -1)
-            ).decision_function(other)
+        unit, other, label, stream = svm.unit(train), svm.unit(test), train_y.numpy(), random.Random(0)
+        for k in (*[k for k in (1, 2, 4, 8, 16) for _ in range(5)], 0):
+            rows = svm.draw(label, k, stream)
+            for c in range(20):
+                machine = LinearSVC(C=0.5, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000, random_state=0)
+                machine.fit(unit[rows], np.where(label[rows, c] > 0, 1, -1)).decision_function(other)
 
     protocol = svm.Evaluation(EvalConfig())
     cpu = interleave({"protocol": lambda: protocol.run(given), "bare": bare}, 1)
-    name = f"SVM protocol, {rows} x {dim}, 20 classes, full and 5 x 5 low-shot draws, CPU s: the 20 full SVMs alone"
-    return [at_most(name, cpu["protocol"], cpu["bare"], 3.0)]
+    name = f"SVM protocol, {rows} x {dim}, 20 classes, full and 25 low-shot draws, CPU s: scikit-learn's calls alone"
+    return [at_most(name, cpu["protocol"], cpu["bare"], 1.5)]
 
 
 def beside_training(steps: int, turns: int) -> list[Row]:

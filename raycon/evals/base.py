@@ -181,8 +181,11 @@ def check(sets: FeatureSets) -> None:
             raise ValueError(
                 f"{what} features {tuple(features.shape)} with labels {tuple(label.shape)}: give (N, D) and (N,), N > 0"
             )
-        for first in range(0, len(features), _CHECKED):  # in blocks: the answer for all at once is a quarter of them
-            fine = features[first : first + _CHECKED].isfinite().all(1)
+        for first in range(0, len(features), _CHECKED):
+            block = features[first : first + _CHECKED]
+            if bool(block.sum().isfinite()):  # then every one is: thirty times as fast as asking each
+                continue
+            fine = block.isfinite().all(1)
             if not bool(fine.all()):
                 row = first + int((~fine).nonzero()[0])
                 raise ValueError(f"{what} features are not finite, the first of them at row {row}")
@@ -288,9 +291,14 @@ def read_results(file: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); move it away and evaluate again") from error
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and "step" in e for e in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict)
+        and "step" in e
+        and all(isinstance(e.get(k, {}), dict) for k in ("results", "failed", "seconds"))
+        for e in entries
+    ):
         raise ValueError(f"{file} is not a list of evaluation entries; move it away and evaluate again")
     return entries
 

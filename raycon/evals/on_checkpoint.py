@@ -7,7 +7,6 @@ run one after another in this process (``run_here``) or each on a Ray task (rayc
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from raycon import methods
@@ -34,6 +32,7 @@ from raycon.evals.base import (
     failure,
     needs_features,
     parse,
+    read_results,
     run_all,
 )
 from raycon.evals.protocols import TRANSFER
@@ -88,9 +87,8 @@ Group = tuple[str, bool]
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """The resolved configuration of a run. Raises ConfigError for unknown options, FileNotFoundError without a run."""
-    tree = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    return from_dict(tree, methods.options(tree["method"]["name"]))
+    """The resolved configuration of a run. Raises ConfigError when there is none, or it is damaged."""
+    return methods.read_config(run_dir / "config.yaml")
 
 
 def of_run(run_dir: Path, checkpoint: Path, config: RunConfig | None = None) -> Subject:
@@ -358,7 +356,6 @@ def keep(subject: Subject, outcome: Outcome) -> dict[str, Any]:
 
 def last_entry(run_dir: Path) -> dict[str, Any] | None:
     """The newest evaluation of the run itself."""
-    file = run_dir / "evaluations.json"
-    entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    entries = read_results(run_dir / "evaluations.json")
     own = [e for e in entries if "control" not in e]
     return max(own, key=lambda e: e["step"]) if own else None
