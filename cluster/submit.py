@@ -211,10 +211,7 @@ def submit(asked: Asked) -> int:
     if asked.pip:
         runtime["pip"] = asked.pip
     job = free_id(client, asked.name)
-    try:
-        client.submit_job(entrypoint=asked.entrypoint, submission_id=job, runtime_env=runtime)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError([f"the cluster at {asked.address} did not take the job: {last_words(str(error))}"]) from error
+    give(client, job, asked, runtime)
     at = f"--address {asked.address}"
     lines = [f"job {job}: {asked.entrypoint}", f"dashboard:  {asked.address}/#/jobs/{job}"]
     lines += [f"follow:     ray job logs {at} --follow {job}", f"stop:       ray job stop {at} {job}"]
@@ -225,23 +222,39 @@ def submit(asked: Asked) -> int:
     return follow(client, job, asked) if asked.wait else 0
 
 
+def give(client: Any, job: str, asked: Asked, runtime: dict[str, Any], seconds: float = 60.0) -> None:
+    """Submit. A head that has just started has no agent for jobs yet: it is waited for. Raises ConfigError."""
+    from ray.exceptions import RayError
+
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            client.submit_job(entrypoint=asked.entrypoint, submission_id=job, runtime_env=runtime)
+            return
+        except (RayError, RuntimeError, ValueError, OSError) as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                text = f"the cluster at {asked.address} did not take the job: {last_words(str(error))}"
+                raise ConfigError([text]) from error
+        time.sleep(1.0)
+
+
 def connect(address: str) -> Any:
     """A client of the cluster. Raises ConfigError when there is none, it wants a token, or its Ray is another."""
     import ray
+    import ray.exceptions
     from ray.job_submission import JobSubmissionClient
 
     try:
         client = JobSubmissionClient(address)
-        there = client.get_version()
+        there = getattr(client, "_server_ray_version", None)  # get_version() is that of the interface
+    except ray.exceptions.AuthenticationError as error:
+        hint = ("it wants the token of its cluster: export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or "
+                "~/.ray/auth_token with the token in it (docs/clusters.md)")  # fmt: skip
+        raise ConfigError([f"the cluster at {address} refused: {hint}"]) from error
     except (RuntimeError, OSError, ValueError) as error:
-        text = str(error)
-        if type(error).__name__ == "AuthenticationError" or "uthenticat" in text or "401" in text or "403" in text:
-            hint = ("it wants the token of its cluster: export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or "
-                    "~/.ray/auth_token with the token in it (docs/clusters.md)")  # fmt: skip
-            raise ConfigError([f"the cluster at {address} refused: {hint}"]) from error
-        raise ConfigError([f"--address {address}: no cluster answers ({last_words(text)}); start one, or open the way to "
-                           "it: ray dashboard cluster/aws.yaml"]) from error  # fmt: skip
-    if there != ray.__version__ and there != "Unknown":
+        raise ConfigError([f"--address {address}: no cluster answers ({last_words(str(error))}); start one, or open the way "
+                           "to it: ray dashboard cluster/aws.yaml"]) from error  # fmt: skip
+    if there is not None and str(there) != ray.__version__:
         raise ConfigError([f"the cluster at {address} runs Ray {there}, here is {ray.__version__}: they must be the same; "
                            f"pip install 'ray[default]=={there}' here"])  # fmt: skip
     return client

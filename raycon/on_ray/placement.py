@@ -19,6 +19,7 @@ from raycon.on_ray import evaluate
 
 logger = logging.getLogger("raycon")
 
+LOOK_S = 2.0
 SAY_AFTER_S = 60.0
 """How long workers wait for their place before it is said what is missing; said again after as long."""
 
@@ -72,7 +73,7 @@ def watched(config: RunConfig, run_dir: Path) -> Iterator[None]:
 
     def look() -> None:
         since = said = time.monotonic()
-        while not ended.wait(2.0):
+        while not ended.wait(LOOK_S):
             try:
                 placed = any(group["state"] == "CREATED" for group in _groups(per_worker(config)))
             except Exception as error:  # the cluster may be going; the run itself will tell

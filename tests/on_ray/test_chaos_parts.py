@@ -1,0 +1,99 @@
+"""What a run does about faults, piece by piece and without a cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from raycon.core.config import ScalingConfig
+from raycon.core.log import read_lines
+from raycon.recipes import recipe
+from raycon.training.runtime import no_index
+
+ray = pytest.importorskip("ray")
+import ray.train  # noqa: E402, F811
+
+from raycon.on_ray import elastic, placement, runtime, trainer  # noqa: E402
+
+
+def notice(*nodes: str, seconds: float | None = 100.0) -> Any:
+    deadline = None if seconds is None else int((time.time() + seconds) * 1000)
+    return SimpleNamespace(preempted_node_ids=list(nodes), deadline_ms=deadline)
+
+
+def test_it_saves_at_a_notice_and_just_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = [None]
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: found[0])
+    monkeypatch.setattr(runtime, "LOOK_S", 0.0)
+    own = runtime.RayRuntime(tmp_path, no_index(), torch.device("cpu"))
+    assert not own.should_save()
+    for now, wanted in [
+        (notice("a"), True), (notice("a"), False), (notice("a", seconds=5.0), True), (notice("a", seconds=4.0), False),
+        (notice("a", "b"), True), (notice("a", "b"), False), (None, False), (notice("c", seconds=3.0), True),
+        (notice("c", seconds=2.0), False), (notice("d", seconds=None), True), (notice("d", seconds=None), False),
+    ]:  # fmt: skip
+        found[0] = now
+        assert own.should_save() == wanted, now
+
+
+def test_ray_is_not_asked_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: calls.append(1))
+    own = runtime.RayRuntime(tmp_path, no_index(), torch.device("cpu"))
+    for _ in range(1000):
+        own.should_save()
+    assert len(calls) <= 1
+
+
+def test_the_elastic_policy_takes_numbers_that_divide_the_batch() -> None:
+    scaling = ray.train.ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 2})
+    policy = elastic.WholeBatches(scaling, [1, 2, 4, 8])
+    counted = [policy._count_possible_workers({"node": {"CPU": 2.0 * n}}) for n in range(10)]
+    assert counted == [0, 1, 2, 2, 4, 4, 4, 4, 8, 8]
+    assert policy._count_possible_workers({"a": {"CPU": 3.0}, "b": {"CPU": 5.0}}) == 2  # 1 + 2 workers fit
+    assert elastic.WholeBatches(scaling, [4, 8])._count_possible_workers({"a": {"CPU": 6.0}}) == 0
+
+
+def test_who_kept_the_others_waiting_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "silent_ranks", lambda *_: [0, 2])
+    texts = [trainer.waited_in_vain(tmp_path, rank, 4, 60.0) for rank in (1, 3)]
+    assert all("did not hear from rank 0, 2" in text for text in texts)
+    assert [r["text"] for r in read_lines(tmp_path / "metrics.jsonl")] == texts[:1]
+
+
+def test_workers_without_a_place_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(recipe("quickstart"), scaling=ScalingConfig(workers=4, cpus_per_worker=2.0))
+    groups: dict[str, Any] = {"other": {"state": "CREATED", "bundles": {0: {"CPU": 1.0}}}}
+    looks: list[float] = []
+
+    def table() -> dict[str, Any]:
+        looks.append(time.monotonic())
+        return groups
+
+    monkeypatch.setattr(ray.util, "placement_group_table", table)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 6.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(placement, "SAY_AFTER_S", 0.0)
+    monkeypatch.setattr(placement, "LOOK_S", 0.01)
+
+    def waited() -> int:
+        seen = len(looks)
+        while len(looks) < seen + 3:
+            time.sleep(0.01)
+        file = tmp_path / "metrics.jsonl"
+        return sum(1 for _ in read_lines(file)) if file.exists() else 0
+
+    with placement.watched(config, tmp_path):
+        assert waited() > 0
+        groups["ours"] = {"state": "CREATED", "bundles": {i: {"CPU": 2.0} for i in range(4)}}
+        waited()
+        said = waited()
+        assert waited() == said  # placed: nothing more to say
+    (text, *_) = [r["text"] for r in read_lines(tmp_path / "metrics.jsonl")]
+    assert "4 workers of 2 CPU each have no place; the cluster has 6 CPU (2 free)" in text
