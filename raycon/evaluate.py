@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +28,7 @@ from raycon.core.config import (
     RunConfig,
     evaluation_problems,
 )
-from raycon.evals.base import Outcome, Task, names, parse
+from raycon.evals.base import Outcome, Task, names, parse, read_results
 
 if TYPE_CHECKING:
     from raycon.evals.on_checkpoint import Subject
@@ -151,7 +152,7 @@ def run(place: Path, tasks: list[Task], options: Options) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     made = subjects(place, options)
-    if problems := on_checkpoint.problems(made[0], tasks):
+    if problems := on_checkpoint.problems(made[0], tasks) + out_problems(made[0].file):
         raise ConfigError(problems)
     run_tasks = on_ray(options) if options.runtime == "ray" else here(options)
     failed = False
@@ -164,6 +165,17 @@ def run(place: Path, tasks: list[Task], options: Options) -> int:
         failed |= bool(outcome.failed)
     sys.stdout.write(f"kept in {made[0].file}\n")
     return int(failed)
+
+
+def out_problems(file: Path) -> list[str]:
+    """What would keep the numbers from being added to a file: told before hours are spent on them."""
+    if not file.parent.is_dir() or file.is_dir() or not os.access(file.parent, os.W_OK):
+        return [f"{file} cannot be written: give --out FILE in a folder that is there"]
+    try:
+        read_results(file)
+    except (ValueError, OSError) as error:
+        return [f"{error} (or give another --out FILE)"]
+    return []
 
 
 def subjects(place: Path, options: Options) -> list[Subject]:

@@ -32,7 +32,6 @@ from raycon.core.config import (
     ConfigError,
     RunConfig,
     flatten,
-    from_dict,
     problems_of,
     save_yaml,
     to_dict,
@@ -132,17 +131,7 @@ def recipe_list() -> str:
 
 def read_yaml(file: Path) -> RunConfig:
     """The configuration in a YAML file. Raises ConfigError when it is missing, no YAML, or names unknown options."""
-    import yaml
-
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError([f"{file}: no such file"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{file} is no YAML: {' '.join(str(error).split())}"]) from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("method"), dict) or "name" not in tree["method"]:
-        raise ConfigError([f"{file}: expected a configuration with method.name, as a run's config.yaml has it"])
-    return from_dict(tree, methods.options(tree["method"]["name"]))
+    return methods.read_config(file)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------
@@ -172,7 +161,7 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
     if dataset is not None:
         facts = job.facts_of(config, dataset, world)
         problems += problems_of(config, facts) + labels_problems(config, facts)
-        problems += network_problems(config, dataset)
+        problems += network_problems(config, dataset) + crop_problems(config, facts)
     if problems:
         raise ConfigError(problems)
     held = lock(run_dir) if dist.rank() == 0 else None
@@ -347,6 +336,11 @@ def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world:
     weights = config.model.weights
     if weights and not weights.startswith("torchvision:") and not Path(weights).is_file():
         found.append(f"model.weights = {weights!r}: no such file")
+    if config.method.needs().snapshot:
+        from raycon.index import engine
+
+        device = config.mining.device if config.runtime == "local" else "cpu"  # Ray's shards may be elsewhere
+        found += engine.problems(config.mining.engine, device, graph=config.mining.neighbours == "hnsw")
     if config.runtime == "ray":
         import importlib.util
 
@@ -398,12 +392,18 @@ def lock(run_dir: Path) -> Any:
 
 
 def resume_problems(resume: Path) -> list[str]:
+    from raycon.evals.base import read_results
     from raycon.training import checkpoint
 
+    found = []
     path, refused = checkpoint.newest(resume / "checkpoints")
     if path is None and refused:
-        return [f"--resume {resume}: no readable checkpoint: {'; '.join(refused)}"]
-    return []
+        found.append(f"--resume {resume}: no readable checkpoint: {'; '.join(refused)}")
+    try:
+        read_results(resume / "evaluations.json")
+    except ValueError as error:  # training looks into it at every checkpoint
+        found.append(f"--resume {resume}: {error}")
+    return found
 
 
 def loader_problems(config: RunConfig) -> list[str]:
@@ -425,17 +425,41 @@ def labels_problems(config: RunConfig, facts: Any) -> list[str]:
 
 
 def network_problems(config: RunConfig, dataset: Any) -> list[str]:
-    """Build the encoder once, without memory for its weights, to see whether it can be."""
+    """Build the encoder once, to see whether it can be: with the weights of a file, else without memory for any."""
     import torch
 
     from raycon.nn import networks
 
+    file = config.model.weights if Path(config.model.weights).is_file() else ""
     try:
-        with torch.device("meta"):
-            networks.build_encoder(dataclasses.replace(config.model, weights=""), len(dataset.mean))
+        with torch.device("cpu" if file else "meta"):
+            encoder = networks.build_encoder(dataclasses.replace(config.model, weights=file), len(dataset.mean))
+        if config.model.weights.startswith("torchvision:"):
+            networks.published_url(encoder, config.model.weights)
     except ConfigError as error:
         return error.problems
     return []
+
+
+def crop_problems(config: RunConfig, facts: Any) -> list[str]:
+    """Small crops (of multi-crop, and of neighbours) that would be wider than the whole images."""
+    from raycon.nn import views
+
+    found = []
+    for name in dict.fromkeys(config.method.needs().views):
+        if facts.image is None or not name.startswith(("local", "neighbour")):
+            continue
+        try:
+            wide = views.view_spec(config.data.views, name, config.data.size, (0.5,), (0.5,)).size
+        except ConfigError:
+            continue  # start_problems says it
+        if wide > min(facts.image[1:]):
+            found.append(
+                f"data.size = {config.data.size} makes the small crop {name!r} of data.views = {config.data.views!r} "
+                f"{wide} pixels wide, more than the images' {min(facts.image[1:])}: give a smaller size, or data with "
+                "larger images"
+            )
+    return found
 
 
 def prepare(config: RunConfig, run_dir: Path, resume: Path | None, command: list[str]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raycon import methods
-from raycon.core.config import ConfigError, from_dict, to_dict
+from raycon.core.config import ConfigError, from_dict, read_tree, to_dict
 from raycon.core.log import append_line, read_lines
 
 from .space import parse_domain
@@ -100,19 +100,17 @@ def new_plan(name: str, study: Study) -> Plan:
 
 def open_plan(folder: Path) -> Plan:
     """The sweep of a directory. Raises ConfigError when there is none or its settings are damaged."""
-    import yaml
-
     file = folder / SETTINGS
+    if not file.exists():
+        raise ConfigError([f"{folder} holds no sweep (no {SETTINGS}); give the --dir of one"])
+    tree = read_tree(file)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise ConfigError([f"{file} holds no sweep of format {FORMAT}"])
         base = from_dict(tree["config"], methods.options(tree["config"]["method"]["name"]))
         space = {name: parse_domain(text) for name, text in tree["space"].items()}
         return Plan(name=tree["study"], token=tree["token"], study=Study(base=base, space=space, **tree["settings"]))
-    except FileNotFoundError:
-        raise ConfigError([f"{folder} holds no sweep (no {SETTINGS}); give the --dir of one"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError([f"{file} cannot be read: {type(error).__name__}: {error}"]) from None

@@ -215,7 +215,7 @@ def _problems(base: RunConfig, options: Mapping[str, Any], facts: Facts) -> list
         facts.rows,
         facts.classes,
         facts.image,
-        config.train.batch,
+        max(1, config.train.batch),
         facts.world,
         config.data.size,
         config.train.epochs,

@@ -211,7 +211,7 @@ def checked(plan: Plan, folder: Path, most: int, resume: bool) -> tuple[RunConfi
         dataset = job.open_data(base)
         facts = job.facts_of(base, dataset, base.scaling.workers)
         problems += problems_of(base, facts) + pretrain.labels_problems(base, facts)
-        problems += pretrain.network_problems(base, dataset)
+        problems += pretrain.network_problems(base, dataset) + pretrain.crop_problems(base, facts)
         problems += space_problems(base, study.space, facts)
         base = cut_table(base, folder, write=False)
         if not problems:

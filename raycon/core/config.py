@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -163,7 +165,7 @@ class MiningConfig:
     redo: int = 5
     """Restarts per clustering; the lowest objective is kept."""
     init: Literal["cold", "warm"] = "cold"
-    """cold: the papers' fresh random start each time; warm: from the last assignment."""
+    """cold: the papers' fresh random start each time; warm: from the last assignment (the first time, from a sample)."""
     threads: int = 1
     """CPU threads per shard."""
     memory_gb: float = 0.0
@@ -401,7 +403,7 @@ def _build(
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if not isinstance(tree, Mapping):
-        problems.append(f"{path.rstrip('.')}: expected a group of options, got {tree!r}")
+        problems.append(f"{path.rstrip('.') or 'configuration'}: expected a group of options, got {reprlib.repr(tree)}")
         return None
     problems += [_unknown(path + str(name), [path + f for f in fields]) for name in tree if name not in fields]
     values: dict[str, Any] = {}
@@ -414,8 +416,8 @@ def _build(
         else:
             try:
                 values[name] = _convert(kind, tree[name])
-            except (TypeError, ValueError):
-                problems.append(f"{path}{name} = {tree[name]!r}: expected {_describe(kind)}")
+            except (TypeError, ValueError, OverflowError):
+                problems.append(f"{path}{name} = {reprlib.repr(tree[name])}: expected {_describe(kind)}")
     return None if problems else cls(**values)
 
 
@@ -430,7 +432,7 @@ def _convert(kind: Any, value: Any) -> Any:
         for option in typing.get_args(kind):
             try:
                 return _convert(option, value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
     elif origin is tuple:
         items = typing.get_args(kind)
@@ -459,6 +461,42 @@ def _describe(kind: Any) -> str:
     return getattr(kind, "__name__", None) if typing.get_origin(kind) is None else str(kind)  # type: ignore[return-value]
 
 
+def read_tree(file: Path) -> Any:
+    """What a YAML file says: plain values, nothing of it is run. Raises ConfigError naming the file and what is wrong.
+
+    Aliases (*name) are refused: a few lines of them can stand for more values than fit in any memory.
+    """
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError([f"{file}: no such file"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{file} is no YAML: {error}"]) from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise ConfigError([f"{file} cannot be read ({getattr(error, 'strerror', None) or error})"]) from None
+    try:
+        if "*" in text and (
+            alias := next((e for e in yaml.parse(text, loader) if isinstance(e, yaml.AliasEvent)), None)
+        ):
+            raise yaml.YAMLError(f"the alias *{alias.anchor}: write out what it stands for")
+        return yaml.load(text, loader)
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # Besides YAMLError: what PyYAML lets through of values like !!bool x, 2026-99-99 or a thousand brackets.
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError([f"{file} is no YAML of options: {words}"]) from None
+
+
 def save_yaml(config: RunConfig, file: Path) -> None:
     import yaml
 
@@ -477,8 +515,8 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
             found.append(text)
 
     for name, value in flatten(to_dict(config)).items():
-        if isinstance(value, float) and value != value:
-            found.append(f"{name} = nan: give a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{name} = {value}: give a finite number")
     require(train.epochs >= 1, f"train.epochs = {train.epochs}: give 1 or more")
     require(train.batch >= 2, f"train.batch = {train.batch}: give 2 or more")
     require(train.lr > 0, f"train.lr = {train.lr}: give a number above 0")
@@ -516,6 +554,10 @@ def problems_of(config: RunConfig, facts: Facts) -> list[str]:
     require(
         not config.mining.balanced or config.mining.algorithm == "exact",
         f"mining.balanced goes with mining.algorithm = exact only: {config.mining.algorithm} does not balance",
+    )
+    require(
+        config.mining.algorithm != "hierarchical" or config.mining.init == "cold",
+        "mining.init = warm does nothing with mining.algorithm = hierarchical, which starts anew: give cold",
     )
     require(config.mining.lag in (0, 1), f"mining.lag = {config.mining.lag}: give 0 (wait for a refresh) or 1")
     require(config.mining.cpus >= 0, f"mining.cpus = {config.mining.cpus}: give 0 or more")

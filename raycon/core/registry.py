@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycon.core.config import ConfigError, flatten
+from raycon.core.config import ConfigError, flatten, read_tree
 
 QUIET_MINUTES = 60.0
 """A run that is not finished counts as running while its files changed in the last so many minutes: it may be on another
@@ -97,20 +97,16 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 def read(path: Path, name: str = "") -> Run:
     """One run directory. What cannot be read is said in ``note``."""
-    import yaml
-
     name = name or path.name
     notes = []
     config: dict[str, Any] = {}
     try:
-        loaded = yaml.load(
-            (path / "config.yaml").read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
+        loaded = read_tree(path / "config.yaml")
         if not isinstance(loaded, Mapping):
-            raise ValueError("no options in it")
+            raise ConfigError([f"{path / 'config.yaml'}: no options in it"])
         config = flatten(loaded)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        notes.append(f"config.yaml: {' '.join(str(error).split())}")
+    except ConfigError as error:
+        notes += error.problems
     start, train = _newest_records(path / "metrics.jsonl", ("start", "train"))
     entries = _evaluations(path, notes)
     results: dict[str, float] = {}

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import raycon.core.config as core_config
-from raycon.core.config import ConfigError, MethodOptions
+from raycon.core.config import ConfigError, MethodOptions, RunConfig, from_dict, read_tree
 
 _FOLDER = Path(__file__).parent
 _NOT_METHODS = {"__init__", "base"}
@@ -72,6 +72,17 @@ def configure(name: str, **values: Any) -> MethodOptions:
     if unknown := [v for v in values if v not in known]:
         raise ConfigError([f"method {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}"])
     return kind(**values)
+
+
+def read_config(file: Path) -> RunConfig:
+    """The configuration in a YAML file. Raises ConfigError when it is missing, no YAML, or names unknown options."""
+    tree = read_tree(file)
+    if not isinstance(tree, dict) or not isinstance(tree.get("method"), dict) or "name" not in tree["method"]:
+        raise ConfigError([f"{file}: expected a configuration with method.name, as a run's config.yaml has it"])
+    try:
+        return from_dict(tree, options(str(tree["method"]["name"])))
+    except ConfigError as error:
+        raise ConfigError([f"{file}: {problem}" for problem in error.problems]) from None
 
 
 def _vocabulary() -> dict[str, object]:

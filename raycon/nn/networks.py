@@ -178,10 +178,8 @@ def load_weights(encoder: nn.Module, source: str) -> None:
     encoder.load_state_dict(state)
 
 
-def _published_weights(encoder: nn.Module, source: str) -> dict[str, Tensor]:
-    """torchvision's weights of an encoder, from its cache or the internet."""
-    import urllib.request
-
+def published_url(encoder: nn.Module, source: str) -> str:
+    """Where torchvision has the weights "torchvision:NAME" of an encoder. Raises ConfigError when it has none."""
     from torchvision import models
 
     name = str(getattr(encoder, "name", ""))
@@ -191,7 +189,14 @@ def _published_weights(encoder: nn.Module, source: str) -> dict[str, Tensor]:
     wanted = source.removeprefix("torchvision:")
     if wanted not in known.__members__:
         raise ConfigError([f"model.weights = {source!r}: {name} has torchvision:{', '.join(known.__members__)}"])
-    url = known[wanted].url
+    return str(known[wanted].url)
+
+
+def _published_weights(encoder: nn.Module, source: str) -> dict[str, Tensor]:
+    """torchvision's weights of an encoder, from its cache or the internet."""
+    import urllib.request
+
+    url = published_url(encoder, source)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     try:
         if not cached.exists():  # torch waits without a time limit: ask first whether the server answers at all

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import raycon
-from raycon.core.config import flatten
+from raycon.core.config import ConfigError, flatten, read_tree
 from raycon.core.log import read_lines
 from raycon.report import panel_file, panels
 from raycon.report.charts import Point, Series, histogram, line_chart, number, stacked_chart
@@ -137,13 +137,11 @@ def read(run_dir: Path) -> Run:
     run.evaluations.sort(key=lambda e: (not e.get("control"), _at(e)))
 
     if (run_dir / "config.yaml").exists():
-        import yaml
-
         try:
-            tree = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+            tree = read_tree(run_dir / "config.yaml")
             run.config = tree if isinstance(tree, dict) else {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            run.notes.append(f"config.yaml could not be read: {error}")
+        except ConfigError as error:
+            run.notes.append(f"config.yaml could not be read: {error.problems[0]}")
     environment = _json(run_dir / "environment.json", run.notes)
     run.environment = environment if isinstance(environment, dict) else {}
     if (run_dir / "command.txt").exists():
@@ -156,7 +154,7 @@ def _json(file: Path, notes: list[str]) -> Any:
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         notes.append(f"{file.name} could not be read: {error}")
         return None
 

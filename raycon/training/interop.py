@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import raycon
 from raycon import methods
 from raycon.core.config import ConfigError, ModelConfig, RunConfig, from_dict, override, problems_of, save_yaml, to_dict
+from raycon.evals.base import read_results
 from raycon.methods.base import Method
 from raycon.nn import networks, optim, published
 from raycon.nn.published import FileError
@@ -160,11 +161,11 @@ def _folder_card(folder: Path) -> dict[str, Any]:
     """The card in the config.json of a folder, as ``raycon.export --format hf`` writes it; {} when there is none."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     found = content.get("raycon") if isinstance(content, dict) else None
     if isinstance(found, dict):
-        return found
+        return found if published.sane(found) else {}
     if isinstance(content, dict) and "architecture" in content:
         name = str(content["architecture"])
         return {"encoder": {"name": name if name in networks._RESNETS else f"timm:{name}"}}
@@ -172,19 +173,14 @@ def _folder_card(folder: Path) -> dict[str, Any]:
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """The configuration of a run. Raises ConfigError when it has options that are not known."""
-    import yaml
-
-    tree = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    return from_dict(tree, methods.options(tree["method"]["name"]))
+    """The configuration of a run. Raises ConfigError when it is damaged or has options that are not known."""
+    return methods.read_config(run_dir / "config.yaml")
 
 
 def _evaluations(run_dir: Path, step: int) -> dict[str, float]:
     """The numbers of the run's own evaluations of a step."""
-    file = run_dir / "evaluations.json"
-    entries = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     numbers: dict[str, float] = {}
-    for entry in entries:
+    for entry in read_results(run_dir / "evaluations.json"):
         if entry.get("step") == step and "control" not in entry:
             numbers |= entry.get("results", {})
     return numbers

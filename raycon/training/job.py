@@ -45,16 +45,36 @@ def open_data(config: RunConfig, split: str = "train") -> Any:
 
 
 def facts_of(config: RunConfig, dataset: Any, world: int) -> Facts:
-    """What checks and methods need to know of the data."""
+    """What checks and methods need to know of the data. Raises ConfigError for labels that are none of its classes."""
+    problems = out_of_range("label", dataset.label, dataset.classes) + out_of_range(
+        "weak label", dataset.weak, dataset.weak_classes
+    )
+    if problems:
+        raise ConfigError([f"data.name = {config.data.name!r}: {problem}" for problem in problems])
     return Facts(
         rows=len(dataset),
         classes=len(dataset.weak_classes) or int(dataset.weak.max(initial=-1)) + 1,
         image=dataset.image,
-        batch=config.train.batch,
-        world=world,
+        batch=max(1, config.train.batch),  # 0 is told as a problem; the checks divide by it
+        world=max(1, world),
         size=config.data.size,
         epochs=config.train.epochs,
     )
+
+
+def out_of_range(what: str, label_N: Any, classes: tuple[str, ...]) -> list[str]:
+    """The first of the labels that is below -1 (none), or none of the classes where these are named; [] if all are fine."""
+    wrong_N = label_N < -1
+    if classes:
+        wrong_N |= label_N >= len(classes)
+    if not wrong_N.any():
+        return []
+    row = int(wrong_N.argmax())
+    allowed = f"0..{len(classes) - 1}" if classes else "0 or more"
+    return [
+        f"row {row} has {what} {int(label_N[row])}, and {int(wrong_N.sum())} rows have one out of range: give {allowed}, "
+        "or -1 for none"
+    ]
 
 
 def loader_plan(
