@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raycon.core import program
 from raycon.core.config import ConfigError, DataConfig
 from raycon.data_loaders import datasets
 
@@ -30,28 +31,25 @@ CHECKED = 20_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 all well, 1 unreadable images or a failure, 2 the request was wrong."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return program.run("raycon.data", answer, argv)
+
+
+def answer(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        if not arguments:
-            for name in datasets.names():
-                sys.stdout.write(f"{name:20}  {datasets.about(name).removeprefix(f'{name}: ')}\n")
-            return 0
-        if arguments[0] == "write-ffcv":
-            return write_ffcv(_parser("write-ffcv").parse_args(arguments[1:]))
-        return inspect(_parser("").parse_args(arguments))
-    except ConfigError as error:
-        sys.stderr.write(f"raycon.data: {error}\n")
-        return 2
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"raycon.data: {error}\n")
-        return 1
+    if not arguments:
+        for name in datasets.names():
+            sys.stdout.write(f"{name:20}  {datasets.about(name).removeprefix(f'{name}: ')}\n")
+        return 0
+    if arguments[0] == "write-ffcv":
+        return write_ffcv(_parser("write-ffcv").parse_args(arguments[1:]))
+    return inspect(_parser("").parse_args(arguments))
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m raycon.data {verb}".rstrip(),
         description=__doc__,
+        epilog=program.HINT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

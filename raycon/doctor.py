@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raycon.core import program
 from raycon.core.config import ConfigError
 
 if TYPE_CHECKING:
@@ -43,8 +44,15 @@ class Check:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 all well, 1 something is bad, 2 the request was wrong."""
+    return program.run("raycon.doctor", answer, arguments)
+
+
+def answer(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m raycon.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m raycon.doctor",
+        description=__doc__,
+        epilog=program.HINT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--plan", metavar="RECIPE", help="memory, time and traffic of a recipe (or a YAML file)")
     parser.add_argument("--gpus", type=int, default=0, help="plan: ranks, one GPU each (0: scaling.workers, CPUs)")
@@ -57,15 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the answer as JSON")
     parser.add_argument("--fast", action="store_true", help="leave out what takes more than a second")
     asked, rest = parser.parse_known_args(arguments)
-    try:
-        if asked.plan is None:
-            if rest:
-                raise ConfigError([f"unknown option {rest[0]!r}: dotted options go with --plan RECIPE"])
-            return report_checks(asked.fast, asked.json)
-        return report_plan(asked, rest)
-    except (ConfigError, ValueError) as error:
-        sys.stderr.write(f"raycon.doctor: {error}\n")
-        return 2
+    if asked.plan is None:
+        if rest:
+            raise ConfigError([f"unknown option {rest[0]!r}: dotted options go with --plan RECIPE"])
+        return report_checks(asked.fast, asked.json)
+    return report_plan(asked, rest)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------

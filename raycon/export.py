@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raycon.core import program
 from raycon.core.config import ConfigError
 
 if TYPE_CHECKING:
@@ -36,14 +37,19 @@ FORMATS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 done, 1 the export failed, 2 the request was wrong."""
-    options, rest = parser().parse_known_args(argv)
+    return program.run("raycon.export", answer, argv)
+
+
+def answer(arguments: list[str]) -> int:
+    options, rest = parser().parse_known_args(arguments)
+    if rest and options.format != "run":
+        raise ConfigError([f"unknown option {rest[0]!r}; --help lists all options"])
     try:
-        if rest and options.format != "run":
-            raise ConfigError([f"unknown option {rest[0]!r}; --help lists all options"])
         written = import_run(options, rest) if options.format == "run" else export(options)
-    except (ConfigError, OSError, ValueError) as error:
-        sys.stderr.write(f"raycon.export: {error}\n")
-        return 2 if isinstance(error, ConfigError) or type(error).__name__ in ("FileError", "CheckpointError") else 1
+    except ValueError as error:
+        if type(error).__name__ in ("FileError", "CheckpointError"):  # named, so that --help does without torch
+            raise ConfigError([str(error)]) from error
+        raise
     sys.stdout.write(written)
     return 0
 
@@ -53,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m raycon.export",
         description=f"{__doc__}\nFormats:\n{formats}",
+        epilog=program.HINT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")

@@ -20,20 +20,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from raycon.core import registry
+from raycon.core import program, registry
 from raycon.core.config import ConfigError
 from raycon.core.registry import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 done, 1 something could not be deleted, 2 the request was wrong."""
-    options = parser().parse_args(argv)
+    return program.run("raycon.runs", answer, argv)
+
+
+def answer(arguments: list[str]) -> int:
+    options = parser().parse_args(arguments)
     try:
         status: int = options.do(options)
         return status
-    except ConfigError as error:
-        sys.stderr.write(f"raycon.runs: {error}\n")
-        return 2
     except BrokenPipeError:  # the reader of our output has gone (head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -41,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m raycon.runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m raycon.runs",
+        description=__doc__,
+        epilog=program.HINT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parts = made.add_subparsers(required=True, metavar="list|show|compare|prune")
 

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raycon.core import program
 from raycon.core.config import ConfigError, MiningConfig
 
 if TYPE_CHECKING:
@@ -34,22 +35,18 @@ NAME = "python -m raycon.index"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 done, 1 it failed, 2 the request was wrong."""
-    options = _parser().parse_args(argv)
-    try:
-        _COMMANDS[options.command](options)
-    except ConfigError as error:
-        problems = error.problems if len(error.problems) == 1 else ["", *(f"  - {p}" for p in error.problems)]
-        sys.stderr.write(f"{NAME} {options.command}: {chr(10).join(problems)}\n")
-        return 2
-    except (RuntimeError, OSError, ValueError) as error:
-        sys.stderr.write(f"{NAME} {options.command}: {error}\n")
-        return 1
+    return program.run("raycon.index", answer, argv)
+
+
+def answer(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    _COMMANDS[options.command](options)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=NAME, description=__doc__, epilog=program.HINT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -465,8 +462,6 @@ def _watched(index: Any, needs: Any) -> tuple[Any, dict[str, float]]:
 
 def _read_warm(file: Path, ks: Sequence[int], rows: int) -> list[NDArray[np.int64]]:
     """The assignments of an .npz that ``cluster`` wrote. Raises ConfigError naming all that does not fit."""
-    import zipfile
-
     import numpy as np
 
     found, problems = [], []
@@ -482,8 +477,8 @@ def _read_warm(file: Path, ks: Sequence[int], rows: int) -> list[NDArray[np.int6
                         f"--warm {file}: assignment_{k} does not give each of {rows} rows a cluster below {k}"
                     )
                 found.append(label.astype(np.int64))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        problems.append(f"--warm {file} cannot be read: {error}")
+    except Exception as error:  # NumPy and zipfile raise a dozen kinds for damaged files
+        problems.append(f"--warm {file} is no .npz that can be read: {str(error)[:200]}")
     if problems:
         raise ConfigError(problems)
     return found

@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from raycon.core import program
+from raycon.core.config import ConfigError
 
-def main(arguments: list[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 written, 1 the page could not be written, 2 the request was wrong."""
+    return program.run("raycon.report", answer, arguments)
+
+
+def answer(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m raycon.report",
         description="Write the report of a run, or with several runs a page that compares them. Opens offline.",
+        epilog=program.HINT,
     )
     parser.add_argument("run_dir", nargs="+", type=Path, help="a run directory (with config.yaml, metrics.jsonl, ...)")
     parser.add_argument(
@@ -23,7 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=0, help="images to embed for map, clusters and neighbours")
     parser.add_argument("--light", action="store_true", help="without the pictures that need the checkpoint")
     asked = parser.parse_args(arguments)
-    problems = [f"{folder} is not a run directory" for folder in asked.run_dir if not folder.is_dir()]
+    problems = [
+        f"{folder} is not a run directory (no {' nor '.join(_SIGNS)} in it): give one that raycon.pretrain made"
+        for folder in asked.run_dir
+        if not any((folder / sign).is_file() for sign in _SIGNS)
+    ]
     if asked.rows < 0 or 0 < asked.rows < 30:
         problems.append(f"--rows {asked.rows}: give 30 or more (0: as many as are quick)")
     if asked.out is not None and len(asked.run_dir) == 1:
@@ -31,20 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.out is not None and asked.out.is_dir():
         problems.append(f"--out {asked.out} is a directory: give a file name")
     if problems:
-        sys.stderr.write("".join(f"raycon.report: {problem}\n" for problem in problems))
-        return 2
+        raise ConfigError(problems)
     from raycon import report
 
-    try:
-        if len(asked.run_dir) == 1:
-            file = report.write(asked.run_dir[0], gather=not asked.light, rows=asked.rows)
-        else:
-            file = report.compare(asked.run_dir, asked.out or asked.run_dir[0].resolve().parent / "comparison.html")
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"raycon.report: {error}\n")
-        return 1
+    if len(asked.run_dir) == 1:
+        file = report.write(asked.run_dir[0], gather=not asked.light, rows=asked.rows)
+    else:
+        file = report.compare(asked.run_dir, asked.out or asked.run_dir[0].resolve().parent / "comparison.html")
     sys.stdout.write(f"{file.resolve()}\n")
     return 0
+
+
+_SIGNS = ("config.yaml", "metrics.jsonl")
 
 
 if __name__ == "__main__":
