@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
+import pickletools
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,13 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _check_memo(content: mmap.mmap) -> None:
+    """Raises ValueError for a pickle that puts a thing at a place far beyond their number: Python fills all up to it."""
+    for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number + 1:
+            raise ValueError(f"puts a thing at place {argument} after {number} operations")
+
+
 def read(root: Path | None, name: str, folder: str, file: str, first: int = 0, **labels: int) -> Mapping[str, Any]:
     """One batch file: ``data`` (N, 3072) uint8, and of each key in ``labels`` (N,) int64 of first..first+number-1.
 
@@ -44,14 +54,18 @@ def read(root: Path | None, name: str, folder: str, file: str, first: int = 0, *
     if path is None:
         raise ConfigError([f"data.name = {name!r}: no {file} in {root / folder}; give --data.root FOLDER"])
     try:
-        with path.open("rb") as handle:
-            found = _Unpickler(handle, encoding="latin1").load()
+        # Mapped: whatever lengths it claims, no more than the file is ever read.
+        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            _check_memo(content)
+            content.seek(0)
+            found = _Unpickler(content, encoding="latin1").load()
     except Exception as error:  # a damaged pickle can make the unpickler raise nearly anything
-        raise ConfigError([f"{path}: cannot be read ({error}); fetch it again"]) from error
+        raise ConfigError([f"{path}: cannot be read ({str(error)[:200]}); fetch it again"]) from error
     if not isinstance(found, dict) or "data" not in found:
         raise ConfigError([f"{path}: is no batch of images; fetch it again"])
     data = found["data"]
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+    whole = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
+    if not whole or data.nbytes > path.stat().st_size:  # more than the file: a few bytes that pretend to be many
         raise ConfigError([f"{path}: its images are not rows of 3 x 32 x 32 bytes; fetch it again"])
     batch: dict[str, Any] = {"data": data}
     for key, number in labels.items():
@@ -66,7 +80,10 @@ def _labels(path: Path, found: Mapping[str, Any], key: str, rows: int, first: in
     for row, value in enumerate(values):
         if not isinstance(value, (int, np.integer)) or not first <= value < first + number:
             raise ConfigError(
-                [f"{path}: row {row} has {key} {value!r}, not one of {first}..{first + number - 1}; fetch it again"]
+                [
+                    f"{path}: row {row} has {key} {reprlib.repr(value)}, not one of {first}..{first + number - 1}; fetch "
+                    "it again"
+                ]
             )
     return np.asarray(values, dtype=np.int64)
 

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from raycon.core.config import ConfigError
 
+_LONGEST = 4096
+"""Letters of a path, as Linux has it; all paths of a data set take the room of its longest."""
 ENDINGS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp", b".ppm", b".pgm", b".tif", b".tiff")
 
 
@@ -172,6 +174,10 @@ def below(name: str, root: Path | str, where: str) -> bytes:
     relative = os.path.normpath(relative) if relative else ""
     if not relative or relative == "." or "\0" in relative:
         raise ConfigError([f"{where}: {name!r} is not the path of an image"])
+    if len(relative) > _LONGEST:
+        raise ConfigError(
+            [f"{where}: a path of {len(relative)} letters ({relative[:40]!r}...): give one an image can have"]
+        )
     if relative.startswith("/") or relative.split("/")[0] == "..":
         raise ConfigError([f"{where}: {name!r} leads out of data.root = '{root}'; give paths below it"])
     return os.fsencode(relative)

@@ -109,9 +109,14 @@ def _images(root: Path, places: Sequence[str], paths: NDArray[np.str_], file: Pa
 
 def _numbers(column: NDArray[np.str_], file: Path) -> NDArray[np.int64]:
     try:
-        return column.astype(np.float64).astype(np.int64)
+        number = column.astype(np.float64)
     except ValueError as error:
         raise ConfigError([f"{file}: a label is not a number ({error})"]) from error
+    if not (np.abs(number) < 2**53).all():  # nan too
+        raise ConfigError(
+            [f"{file}: image {int(np.argmin(np.abs(number) < 2**53))} has a label that is no class; mend it"]
+        )
+    return number.astype(np.int64)
 
 
 def _weak(

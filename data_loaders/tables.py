@@ -27,7 +27,7 @@ from .datasets import IMAGENET_MEAN, IMAGENET_STD, FileSet, no_labels
 log = logging.getLogger(__name__)
 
 ROLES = ("path", "label", "weak", "split", "attributes")
-_NUMBER = re.compile(r"-?\d+(\.0)?")
+_NUMBER = re.compile(r"-?[0-9]{1,18}(\.0)?")
 _CHECKED = 10_000
 """Files of a list that are looked for when it is opened: evenly spaced ones, all of a shorter list."""
 
@@ -127,7 +127,7 @@ def parquet_lines(file: Path | str, names: Sequence[str]) -> Iterator[Line]:
                 for cells in zip(*columns, strict=True):
                     yield f"{file}: row {row}", tuple("" if cell is None else str(cell).strip() for cell in cells)
                     row += 1
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise ConfigError([f"{file}: not a Parquet file ({error})"]) from error
 
 

@@ -37,14 +37,16 @@ def open_split(root: Path | None, split: str) -> FileSet:
         from scipy.io import loadmat
 
         found = loadmat(base / annotations, squeeze_me=True)["annotations"]
+        number = np.atleast_1d(found["class"]).astype(np.int64)
+        given = [str(name) for name in np.atleast_1d(found["fname"])]
     except ImportError:
         raise ConfigError(["data.name = 'cars196': its annotations need scipy; pip install scipy"]) from None
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # scipy raises a dozen kinds for a damaged file
         raise ConfigError(
             [f"{base / annotations}: cannot be read ({error}); see the file's head for the layout"]
         ) from error
-    label = check_labels(np.atleast_1d(found["class"]).astype(np.int64) - 1, 196, f"{base / annotations} (minus 1)")
-    names = [below(str(name), base / images, str(base / annotations)) for name in np.atleast_1d(found["fname"])]
+    label = check_labels(number - 1, 196, f"{base / annotations} (minus 1)")
+    names = [below(name, base / images, str(base / annotations)) for name in given]
     return FileSet(
         name="cars196",
         split=split,

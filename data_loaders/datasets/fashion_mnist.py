@@ -51,13 +51,15 @@ def read_idx(file: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
     Raises ConfigError naming the file when it is not readable or not exactly an idx file of this shape.
     """
+    start = 4 + 4 * len(shape)
     try:
-        data = file.read_bytes()
         if file.suffix == ".gz":
-            data = gzip.decompress(data)
+            with gzip.open(file) as packed:  # a little can unpack to more than fits: no more than it should be
+                data = packed.read(start + math.prod(shape) + 1)
+        else:
+            data = file.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError([f"{file}: cannot be read ({error}); fetch it again"]) from error
-    start = 4 + 4 * len(shape)
     if data[:4] != bytes((0, 0, 8, len(shape))) or len(data) < start:
         raise ConfigError([f"{file}: not an idx file of unsigned bytes in {len(shape)} dimensions; fetch it again"])
     found = tuple(int(size) for size in np.frombuffer(data, ">u4", len(shape), offset=4))

@@ -95,7 +95,9 @@ def read_table(file: Path) -> tuple[list[str], NDArray[np.str_]]:
     try:
         with open(file, newline="", encoding="utf-8") as handle:
             header, *lines = list(csv.reader(handle))
-    except (OSError, ValueError) as error:
+        if not header:
+            raise ValueError("its first line is empty")
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{file}: not a table that can be read ({error})") from None
     if ragged := [i for i, line in enumerate(lines, start=2) if len(line) != len(header)]:
         raise ValueError(f"{file}: line {ragged[0]} has not the {len(header)} columns of the header")

@@ -155,12 +155,13 @@ def read_manifest(file: Path) -> Part:
             raise ValueError(f"not a manifest of format {FORMAT}")
         part = Part(**{**tree, "sha256": tuple(tree["sha256"])})
         numbers = (part.version, part.first_row, part.last_row, part.rows, part.dim, part.piece_rows)
-        if not all(isinstance(n, int) for n in numbers) or part.storage not in ("float32", "float16"):
-            raise ValueError("a number or the storage is not as it is written")
-        pieces = -(-(part.last_row - part.first_row) // max(part.piece_rows, 1))
+        words = (part.storage in ("float32", "float16"), part.metric in ("cosine", "l2"), isinstance(part.file, str))
+        if not all(type(n) is int for n in numbers) or not all(words) or part.piece_rows < 1:
+            raise ValueError("a number, the storage, the metric or the file is not as it is written")
+        pieces = -(-(part.last_row - part.first_row) // part.piece_rows)
         if not 0 <= part.first_row < part.last_row <= part.rows or part.dim < 1 or len(part.sha256) != pieces:
             raise ValueError("its numbers contradict each other")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedPart(f"{file}: unreadable ({error}); write the part again") from None
     return part
 
@@ -218,6 +219,8 @@ def read_rows(folder: Path, part: Part, first_row: int, last_row: int) -> Iterat
             expected = ((part.last_row - part.first_row, part.dim), False, np.dtype(part.storage), (1, 0))
             if (shape, fortran, dtype, version) != expected:
                 raise DamagedPart(f"{file}: its header is not that of its manifest; write the part again")
+            if os.fstat(handle.fileno()).st_size != start + (part.last_row - part.first_row) * part.row_bytes:
+                raise DamagedPart(f"{file}: has not the bytes of its rows; write the part again")
             for piece in range(
                 (first_row - part.first_row) // part.piece_rows, -(-(last_row - part.first_row) // part.piece_rows)
             ):
@@ -230,9 +233,9 @@ def read_rows(folder: Path, part: Part, first_row: int, last_row: int) -> Iterat
                 block = np.frombuffer(data, dtype=part.storage).reshape(-1, part.dim)
                 begin, end = max(low, first_row), min(high, last_row)
                 yield begin, block[begin - low : end - low].astype(np.float32)
-    except (OSError, ValueError) as error:
-        if isinstance(error, DamagedPart):
-            raise
+    except DamagedPart:
+        raise
+    except Exception as error:  # NumPy's reader of headers raises half a dozen kinds
         raise DamagedPart(f"{file}: unreadable ({error}); write the part again") from None
 
 

@@ -72,9 +72,9 @@ class _Npy:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            self._array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError([f"{file} is no array that can be read: {error}"]) from None
+            self._array: NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
+        except Exception as error:  # NumPy's reader of headers raises half a dozen kinds
+            raise ConfigError([f"{file} is no array (.npy) that can be read: {str(error)[:200]}"]) from None
         if self._array.ndim != 2 or self._array.dtype.kind != "f" or 0 in self._array.shape:
             raise ConfigError(
                 [f"{file}: {self._array.dtype} of shape {self._array.shape}; give floats of shape (N, D)"]
@@ -98,7 +98,7 @@ class _Parquet:
         self.file = file
         try:
             self._table = pq.ParquetFile(file)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise ConfigError([f"{file} is no Parquet file that can be read: {error}"]) from None
         schema = self._table.schema_arrow
 

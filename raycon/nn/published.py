@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,6 +117,8 @@ def read(file: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return dict(load_file(file))
+        if _unpacks(file):
+            raise FileError(f"{file}: compressed, which torch.save never does; unpack it, or fetch it again")
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -127,11 +130,29 @@ def read(file: Path) -> dict[str, Any]:
             "refused. Open it yourself where you trust it, and save its tensors alone: "
             "torch.save({'state_dict': ...}, FILE)"
         ) from None
+    except FileError:
+        raise
     except Exception as error:  # torch and safetensors raise a dozen kinds for damaged files
         raise FileError(f"{file}: damaged, or no weight file ({type(error).__name__}: {str(error)[:200]})") from None
     if not isinstance(content, dict):
         raise FileError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors; save a state_dict")
+    size = file.stat().st_size
+    for name, tensor in tensors_of(content).items():
+        if tensor.numel() * tensor.element_size() > size:
+            raise FileError(
+                f"{file}: {name} of shape {tuple(tensor.shape)} is larger than the file: damaged, or made to fill the "
+                "memory; fetch it again"
+            )
     return content
+
+
+def _unpacks(file: Path) -> bool:
+    """Is it a zip archive that holds more than it is long? ``torch.save`` never compresses."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size
+    except Exception:  # no zip archive, or a damaged one, which torch will refuse
+        return False
 
 
 def header(file: Path) -> dict[str, str]:
@@ -290,12 +311,23 @@ def card_in(file: Path) -> dict[str, Any]:
         texts.append(header(file).get("raycon", ""))
     beside = file.with_suffix(".json")
     if beside.is_file():
-        texts.append(beside.read_text(encoding="utf-8"))
+        texts.append(beside.read_text(encoding="utf-8", errors="replace"))
     for text in texts:
         try:
             card = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(card, dict) and "raycon" in card and "encoder" in card:
+        if isinstance(card, dict) and "raycon" in card and "encoder" in card and sane(card):
             return card
     return {}
+
+
+def sane(card: Mapping[str, Any]) -> bool:
+    """Are the parts of a card that others compute with of the right kind?"""
+    encoder, how = card.get("encoder", {}), card.get("preprocessing") or {}
+    if not isinstance(encoder, dict) or not isinstance(how, dict):
+        return False
+    colours = [how[key] for key in ("mean", "std") if how.get(key)]
+    lists = all(isinstance(c, list) and all(isinstance(v, (int, float)) for v in c) for c in colours)
+    whole = [encoder.get("channels", 3), *(how[key] for key in ("size", "resize") if key in how)]
+    return lists and all(type(number) is int and 0 < number < 100_000 for number in whole)

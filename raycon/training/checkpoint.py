@@ -132,13 +132,38 @@ def load(path: Path) -> Saved:
     """Read a checkpoint directory. Raises CheckpointError when it is incomplete, altered or of another format."""
     path = path.resolve()
     try:
+        return _read(path)
+    except CheckpointError:
+        raise
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        # A file of the right sum whose content is not what save() writes, or state.json with other things in it.
+        raise CheckpointError(
+            f"{path}: not as raycon writes it ({type(error).__name__}: {str(error)[:200]}); take an older checkpoint of the run"
+        ) from error
+
+
+def _read(path: Path) -> Saved:
+    try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {STATE}; give a directory checkpoints/<step> of a run") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / STATE}: unreadable ({error}); take an older checkpoint of the run") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or "files" not in state or "step" not in state:
         raise CheckpointError(f"{path}: not a raycon checkpoint of format {FORMAT}")
+    if type(state["step"]) is not int or state["step"] < 0 or not {MODEL, OPTIMIZER} <= set(state["files"]):
+        raise CheckpointError(
+            f"{path / STATE}: has no step, or names no {MODEL} and {OPTIMIZER}; take an older checkpoint"
+        )
     for name, facts in state["files"].items():
         file = path / Path(name).name  # a name from a file may not lead out of the directory
         if not file.is_file() or file.stat().st_size != facts["bytes"] or _sha256(file) != facts["sha256"]:
@@ -149,6 +174,8 @@ def load(path: Path) -> Saved:
     coming = None
     if state.get("coming_version") is not None:
         coming = _load_snapshot(path / COMING, state["coming_version"])
+    if not isinstance(state["optimizer"]["param_groups"], list):
+        raise TypeError("param_groups of the optimiser is no list")
     optimizer = _unflatten_optimizer(load_file(path / OPTIMIZER), state["optimizer"])
     return Saved(path, load_file(path / MODEL), optimizer, snapshot, state, coming)
 

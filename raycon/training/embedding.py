@@ -89,7 +89,16 @@ class Folder:
         file = path / MANIFEST
         self.complete = False
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                if (
+                    not isinstance(found, dict)
+                    or not isinstance(found.get("identity"), dict)
+                    or "complete" not in found
+                ):
+                    raise ValueError("not as raycon.embed writes it")
+            except (OSError, ValueError, RecursionError) as error:
+                raise ConfigError([f"{file} cannot be read ({error}): give --out another folder"]) from None
             if differences := self._differences(found):
                 raise ConfigError([f"--out {path} holds another embedding ({differences}): give another folder"])
             self.complete = bool(found["complete"])
