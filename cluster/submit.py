@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -222,7 +223,7 @@ def submit(asked: Asked) -> int:
     return follow(client, job, asked) if asked.wait else 0
 
 
-def give(client: Any, job: str, asked: Asked, runtime: dict[str, Any], seconds: float = 60.0) -> None:
+def give(client: Any, job: str, asked: Asked, runtime: dict[str, Any], seconds: float = 180.0) -> None:
     """Submit. A head that has just started has no agent for jobs yet: it is waited for. Raises ConfigError."""
     from ray.exceptions import RayError
 
@@ -244,6 +245,7 @@ def connect(address: str) -> Any:
     import ray.exceptions
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # what is packed and passed over is no news
     try:
         client = JobSubmissionClient(address)
         there = getattr(client, "_server_ray_version", None)  # get_version() is that of the interface

@@ -68,7 +68,7 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
 
     connect()
     problems = placement_problems(config)
-    if problems := problems or name_problems(run_dir):
+    if problems := problems or held_problems(run_dir):
         raise ConfigError(problems)
     (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     dim = feature_dim(config)
@@ -78,7 +78,7 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
         if config.mining.persist:
             saved = Saved(folder=run_dir / "index", rows=facts.rows, write=True)
         spec = start_index(
-            run_dir.name, facts.rows, dim, config.mining, namespace=NAMESPACE, seed=config.seed, saved=saved
+            run_dir.name, facts.rows, dim, config.mining, index_namespace(run_dir), seed=config.seed, saved=saved
         )
     trainer = build_trainer(config, run_dir, spec)
     lost: Exception | None = None
@@ -93,7 +93,7 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
     failure = run_dir / FAILURE_FILE
     if failure.exists():
         raise RunFailed(json.loads(failure.read_text(encoding="utf-8"))["error"])
-    if isinstance(lost, ray.train.ControllerError):
+    if isinstance(lost, ray.train.ControllerError) and "Startup" in type(lost.controller_failure).__name__:
         raise RunFailed(f"after scaling.wait-s = {config.scaling.wait_s:g}: {missing(config)} ({lost})") from lost
     if lost is not None:
         raise RunFailed(
@@ -101,21 +101,21 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
         ) from lost
 
 
-def name_problems(run_dir: Path, seconds: float = 30.0) -> list[str]:
-    """Actors of a run are found by its name: is there another run of this name on the cluster?
+def index_namespace(run_dir: Path) -> str:
+    """Where the index actors of a run are found by their names: two runs whose directories have one last part differ."""
+    return f"{NAMESPACE}:{run_dir}"
 
-    Those of a run that was just killed go within seconds: they are waited for.
-    """
+
+def held_problems(run_dir: Path, seconds: float = 30.0) -> list[str]:
+    """Does another driver hold the index of this very run? That of a driver just killed goes by itself: it is awaited."""
     from raycon.on_ray.index import coordinator_name
 
-    name = coordinator_name(run_dir.name)
+    wanted = {"name": coordinator_name(run_dir.name), "namespace": index_namespace(run_dir)}
     end = time.monotonic() + seconds
-    while {"name": name, "namespace": NAMESPACE} in ray.util.list_named_actors(all_namespaces=True):
+    while wanted in ray.util.list_named_actors(all_namespaces=True):
         if time.monotonic() > end:
-            return [
-                f"run.dir = {str(run_dir)!r}: a run of the name {run_dir.name!r} is on this cluster already; wait for it, "
-                "or give a directory of another name"
-            ]
+            return [f"run.dir = {str(run_dir)!r} is being trained in by another job of this cluster: wait for it, stop it, or "
+                    "give another directory"]  # fmt: skip
         time.sleep(0.5)
     return []
 

@@ -172,8 +172,9 @@ def ours(title: str) -> list[psutil.Process]:
     return found
 
 
-def kill_shard(name: str) -> None:
-    ray.kill(ray.get_actor(name, "raycon"), no_restart=False)
+def kill_actor(folder: Path, name: str) -> None:
+    """One of the index; Ray starts it again."""
+    ray.kill(ray.get_actor(f"{folder.name}/index/{name}", f"raycon:{folder}"), no_restart=False)
 
 
 class Hunter(threading.Thread):
@@ -199,10 +200,10 @@ def test_shards_a_writer_and_an_evaluation_are_killed(machines: Machines, undist
     hunter.start()
     with Job(machines, folder) as job:
         job.until(lambda: any("mining" in r for r in records(folder, "state")), "the first refresh", every=0.02)
-        kill_shard("many/index/0")  # its rows are being added, or clustered
+        kill_actor(folder, "0")  # its rows are being added, or clustered
         job.until(lambda: step_of(folder) >= 24, "the third epoch")
-        kill_shard("many/index/1")
-        kill_shard("many/index/coordinator")
+        kill_actor(folder, "1")
+        kill_actor(folder, "coordinator")
         writer = job.ranks()[0]
         job.until(lambda: any(folder.glob("checkpoints/.*.part")), "a checkpoint being written", every=0.001)
         os.kill(writer, signal.SIGKILL)
