@@ -235,6 +235,8 @@ def give(client: Any, job: str, asked: Asked, runtime: dict[str, Any], seconds: 
         except (RayError, RuntimeError, ValueError, OSError) as error:
             if "No available agent" not in str(error) or time.monotonic() > end:
                 text = f"the cluster at {asked.address} did not take the job: {last_words(str(error))}"
+                if "No available agent" in text:  # another Ray on the head's machine holds its agent's port
+                    text += " (start the head with a --dashboard-agent-listen-port of its own?)"
                 raise ConfigError([text]) from error
         time.sleep(1.0)
 

@@ -181,7 +181,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     short = Path(tempfile.mkdtemp(prefix="ray-"))  # socket paths have a length limit that tmp_path exceeds
     start = [
         f"{BIN}/ray", "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={free_port()}", "--num-cpus=2", "--object-store-memory=100000000",
+        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--object-store-memory=100000000",
         "--dashboard-host=127.0.0.1", f"--temp-dir={short}",
     ]  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"

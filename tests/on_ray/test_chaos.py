@@ -251,7 +251,7 @@ def test_a_node_that_is_taken_away_with_notice(machines: Machines, undisturbed: 
 def test_a_rank_that_hangs_is_named_and_left_behind(machines: Machines, undisturbed: Path, tmp_path: Path) -> None:
     machines.to_two()
     folder = tmp_path / "hang"
-    with Job(machines, folder, "--scaling.timeout-s=10") as job:
+    with Job(machines, folder, "--scaling.timeout-s=30", "--scaling.max-failures=-1") as job:
         job.until(lambda: step_of(folder) >= 13, "the second epoch")
         os.kill(job.ranks()[1], signal.SIGSTOP)
         job.ended()

@@ -42,7 +42,7 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     short = tempfile.mkdtemp(prefix="ray-")  # socket paths have a length limit that tmp_path exceeds
     start = [
         f"{bin_folder}/ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={client}", "--num-cpus=2", "--object-store-memory=200000000",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--object-store-memory=200000000",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--temp-dir={short}",
     ]  # fmt: skip
     with subprocess.Popen(start, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
