@@ -69,7 +69,12 @@ def answer(arguments: list[str]) -> int:
         if rest:
             raise ConfigError([f"unknown option {rest[0]!r}: dotted options go with --plan RECIPE"])
         return report_checks(asked.fast, asked.json)
-    return report_plan(asked, rest)
+    try:
+        return report_plan(asked, rest)
+    except ConfigError:
+        raise
+    except ValueError as error:  # a run of these numbers cannot be
+        raise ConfigError([str(error)]) from error
 
 
 # --- checks -----------------------------------------------------------------------------------------------------

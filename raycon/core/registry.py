@@ -106,7 +106,7 @@ def read(path: Path, name: str = "") -> Run:
             raise ConfigError([f"{path / 'config.yaml'}: no options in it"])
         config = flatten(loaded)
     except ConfigError as error:
-        notes += error.problems
+        notes += [f"config.yaml: {p.removeprefix(str(path / 'config.yaml')).lstrip(': ')}" for p in error.problems]
     start, train = _newest_records(path / "metrics.jsonl", ("start", "train"))
     entries = _evaluations(path, notes)
     results: dict[str, float] = {}

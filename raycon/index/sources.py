@@ -74,7 +74,7 @@ class _Npy:
         try:
             self._array: NDArray[Any] = np.lib.format.open_memmap(file, mode="r")
         except Exception as error:  # NumPy's reader of headers raises half a dozen kinds
-            raise ConfigError([f"{file} is no array (.npy) that can be read: {str(error)[:200]}"]) from None
+            raise ConfigError([f"{file} is no array that can be read: {str(error)[:200]}"]) from None
         if self._array.ndim != 2 or self._array.dtype.kind != "f" or 0 in self._array.shape:
             raise ConfigError(
                 [f"{file}: {self._array.dtype} of shape {self._array.shape}; give floats of shape (N, D)"]
