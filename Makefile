@@ -1,6 +1,7 @@
 # Every verb a person needs; each sets the machine up first, once.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
 export PYTHON VENV
@@ -25,7 +26,7 @@ test: check  ## all tests: `check`, then those that need Ray, FFCV or more time
 	@$(bin)/python -m pytest -q -m "ray or ffcv or ranks or slow or chaos" $(ARGS)
 
 check: lint types  ## ruff, mypy and the quick tests, in about a minute
-	@$(bin)/python -m pytest -q -m "not (ray or ffcv or ranks or slow or chaos)" $(ARGS)
+	@$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not (ray or ffcv or ranks or slow or chaos)" $(ARGS)
 
 lint: $(ready)  ## ruff
 	@$(bin)/ruff check . && $(bin)/ruff format --check .
@@ -56,7 +57,7 @@ test: check  ## all tests: `check`, then those that need Ray, FFCV or more time
 	@$(bin)/python -m pytest -q -m "ray or ffcv or ranks or slow or chaos" $(ARGS)
 
 check: lint types  ## ruff, mypy and the quick tests, in about a minute
-	@$(bin)/python -m pytest -q -m "not (ray or ffcv or ranks or slow or chaos)" $(ARGS)
+	@$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not (ray or ffcv or ranks or slow or chaos)" $(ARGS)
 
 lint: $(ready)  ## ruff
 	@$(bin)/ruff check . && $(bin)/ruff format --check .

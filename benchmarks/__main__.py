@@ -36,7 +36,7 @@ def names() -> list[str]:
 def title(name: str) -> str:
     """The first sentence of a benchmark's description."""
     text = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or name
-    return text.splitlines()[0].rstrip(":")
+    return text.splitlines()[0].split(": python -m")[0].rstrip(":.")
 
 
 def machine() -> dict[str, Any]:
