@@ -38,8 +38,8 @@ class _Unpickler(pickle.Unpickler):
 
 def _check_memo(content: mmap.mmap) -> None:
     """Raises ValueError for a pickle that puts a thing at a place far beyond their number: Python fills all up to it."""
-    for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number + 1:
+    for number, (operation, argument, _) in enumerate(pickletools.genops(content)):  # type: ignore[arg-type]
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > number + 1:
             raise ValueError(f"puts a thing at place {argument} after {number} operations")
 
 

@@ -161,7 +161,9 @@ class ClInfoNCE(Method):
         if self.options.form == "single":
             views = [self.embed(self.student, view) for view in batch.views]
             loss, positives = self.single_loss(views, batch.row if cluster_B is None else cluster_B)
-            return Output(loss, {"embedding": views[0].detach(), "pair": views[1].detach()}, {"cluster/positives": positives})
+            return Output(
+                loss, {"embedding": views[0].detach(), "pair": views[1].detach()}, {"cluster/positives": positives}
+            )
         first_one, second_one = self.embed_each(self.student, batch.views[0])
         first_two, second_two = self.embed_each(self.student, batch.views[1])
         loss, right = self.instance_loss(torch.cat([first_one, first_two]))

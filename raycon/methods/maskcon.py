@@ -122,7 +122,9 @@ class MaskCon(Method):
             loss = self.options.weight * coarse + (1 - self.options.weight) * instance
             metrics |= {"loss/coarse": coarse.detach(), "loss/instance": instance.detach()}
             metrics["accuracy/coarse"] = losses.accuracy(class_BY, batch.label)
-        return Output(loss, {"key": key_BD, "label": batch.label, "embedding": query_BD.detach(), "pair": key_BD}, metrics)
+        return Output(
+            loss, {"key": key_BD, "label": batch.label, "embedding": query_BD.detach(), "pair": key_BD}, metrics
+        )
 
     def key(self, images: Tensor, seed: int) -> Tensor:
         """(B, D): the teacher's keys, BatchNorm over shuffled ranks."""

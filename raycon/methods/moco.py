@@ -62,7 +62,9 @@ class MoCo(Method):
         key_BD = self.embed_shuffled(self.teacher, key_image, permutation)
         query_BD = self.embed(self.student, query_image)
         loss, right = losses.info_nce(query_BD, key_BD, self.queue.keys, self.options.temperature)
-        return Output(loss, {"key": key_BD, "embedding": query_BD.detach(), "pair": key_BD}, {"accuracy/instance": right})
+        return Output(
+            loss, {"key": key_BD, "embedding": query_BD.detach(), "pair": key_BD}, {"accuracy/instance": right}
+        )
 
     def after_step(self, keep: Mapping[str, Tensor], progress: Progress) -> None:
         self.teacher.follow(self.student, self.options.momentum)

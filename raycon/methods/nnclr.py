@@ -70,7 +70,11 @@ class NNCLR(Method):
             direction, accuracy = self.direction(projected, predicted)
             loss, right = loss + direction / 2, right + accuracy / 2
         embedding = projected_BD[0].detach()
-        return Output(loss, {"key": embedding, "embedding": embedding, "pair": projected_BD[1].detach()}, {"accuracy/instance": right})
+        return Output(
+            loss,
+            {"key": embedding, "embedding": embedding, "pair": projected_BD[1].detach()},
+            {"accuracy/instance": right},
+        )
 
     def direction(self, projected_BD: Tensor, predicted_BD: Tensor) -> tuple[Tensor, Tensor]:
         """InfoNCE (eq. 3) of the neighbours of one view against the other's predictions, and how often it is right.

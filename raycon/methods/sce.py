@@ -161,7 +161,10 @@ class SCE(Method):
             others = tuple(query_BD[j] for j in queries if j != i)
             found, agree = self.relation(key_BD[i], others, batch, mined)
             loss, right, pairs = loss + found, right + agree, pairs + len(others)
-        keep = {f"key/{i}": key for i, key in enumerate(key_BD)} | {"embedding": query_BD[queries[0]].detach(), "pair": key_BD[-1]}
+        keep = {f"key/{i}": key for i, key in enumerate(key_BD)} | {
+            "embedding": query_BD[queries[0]].detach(),
+            "pair": key_BD[-1],
+        }
         if self.options.mask != "none":
             keep["label"] = batch.label if self.options.mask == "labels" else batch.row
         return Output(loss / pairs, keep, {"accuracy/instance": right / pairs})

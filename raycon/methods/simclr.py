@@ -59,7 +59,9 @@ class SimCLR(Method):
         loss = losses.cross_entropy(logits_AC, other_A)
         metrics = {"accuracy/instance": losses.accuracy(logits_AC, other_A)}
         rows = len(batch.row)
-        return Output(loss, {"embedding": anchor_AD[:rows].detach(), "pair": anchor_AD[rows : 2 * rows].detach()}, metrics)
+        return Output(
+            loss, {"embedding": anchor_AD[:rows].detach(), "pair": anchor_AD[rows : 2 * rows].detach()}, metrics
+        )
 
     def features(self, images: Tensor) -> Tensor:
         return self.embed(self.student, images)

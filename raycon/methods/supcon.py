@@ -62,7 +62,9 @@ class SupCon(Method):
         right_V = positive_VC.gather(1, logits_VC.argmax(1, keepdim=True))
         metrics = {"accuracy/positive": right_V.float().mean()}
         rows = len(batch.row)
-        return Output(loss, {"embedding": query_VD[:rows].detach(), "pair": query_VD[rows : 2 * rows].detach()}, metrics)
+        return Output(
+            loss, {"embedding": query_VD[:rows].detach(), "pair": query_VD[rows : 2 * rows].detach()}, metrics
+        )
 
     @torch.no_grad()
     def positives(self, images: Tensor, row: Tensor, label: Tensor, mined: Mined) -> Tensor:
