@@ -42,6 +42,11 @@ class _Thread(threading.local):
         self.numbers = [ctypes.c_int() for _ in range(4)]
         self.pixels = np.empty(0, np.uint8)
 
+    def renew(self) -> None:
+        """A new decompressor: one that met a damaged file gives that file's predecessor's size for its successor."""
+        _library().tjDestroy(self.handle)
+        self.handle = _library().tjInitDecompress()
+
 
 @functools.cache
 def _library() -> Any:
@@ -55,6 +60,7 @@ def _library() -> Any:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.tjInitDecompress.restype = pointer
+    library.tjDestroy.argtypes = [pointer]
     library.tjDecompressHeader3.argtypes = [pointer, pointer, ctypes.c_ulong, *[ctypes.POINTER(number)] * 4]
     library.tjDecompress2.argtypes = [pointer, pointer, ctypes.c_ulong, pointer, *[number] * 5]
     return library
@@ -76,8 +82,11 @@ def size(data: NDArray[np.uint8]) -> tuple[int, int] | None:
     if _mine.handle is None:
         return None
     failed = _library().tjDecompressHeader3(_mine.handle, data.ctypes.data, len(data), *_mine.numbers)
+    if failed:
+        _mine.renew()
+        return None
     width, height = _mine.numbers[:2]
-    return None if failed else (height.value, width.value)
+    return height.value, width.value
 
 
 def decode(data: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8] | None:
@@ -88,7 +97,10 @@ def decode(data: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8
     failed = _library().tjDecompress2(
         _mine.handle, data.ctypes.data, len(data), pixels.ctypes.data, width, 0, height, _RGB, 0
     )
-    return None if failed else pixels
+    if failed:
+        _mine.renew()
+        return None
+    return pixels
 
 
 def _weigher(groups: int) -> Any:

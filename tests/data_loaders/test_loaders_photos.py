@@ -61,6 +61,16 @@ FORMATS = [
 ]
 
 
+def test_a_damaged_photo_does_not_change_the_size_of_the_next() -> None:
+    before, after = encoded(picture(57, 57)), encoded(picture(61, 94))
+    assert whole(before).shape == (57, 57, 3)
+    assert jpeg.size(before.data[:300]) is None
+    assert size_of(after) == (61, 94)
+    np.testing.assert_array_equal(whole(after), pil(after))
+    assert jpeg.decode(before.data[:300], 57, 57) is None
+    np.testing.assert_array_equal(whole(after), pil(after))
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(("kind", "options"), FORMATS)
 def test_photos_have_pils_pixels(
