@@ -71,6 +71,7 @@ def test_lines_a_person_can_read(record: dict[str, Any], words: list[str]) -> No
         assert word in log.summary(record)
 
 
+@pytest.mark.slow
 def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

@@ -335,6 +335,7 @@ def test_an_epoch_may_be_left_early(small: ArraySet, cache: Path, kind: str) -> 
     assert list(loader.train(0, loader.steps)) == []
 
 
+@pytest.mark.slow
 def test_helper_processes_change_nothing(photos: FileSet, cache: Path) -> None:
     with_helpers = open_loader("torch", photos, plan(photos, cache, workers=2))
     without = open_loader("torch", photos, plan(photos, cache))

@@ -40,6 +40,7 @@ def entries(folder: Path) -> list[dict[str, object]]:
     return json.loads((folder / "evaluations.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_its_checkpoints_and_controls(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(run_dir), "knn", "clusters", "--runtime", "local", "--evals.knn-k", "1", "5"]
     assert evaluate.main([*arguments, "--every", "--controls"]) == 0
@@ -63,6 +64,7 @@ def test_a_run_its_checkpoints_and_controls(run_dir: Path, capsys: pytest.Captur
     assert pixels > 90, "raw digits are easy for a nearest neighbour"
 
 
+@pytest.mark.slow
 def test_evaluations_of_one_entry_add_up_and_failures_stay_alone(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +80,7 @@ def test_evaluations_of_one_entry_add_up_and_failures_stay_alone(
     assert "retrieval failed: MemoryError: no room" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_file_of_weights(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from raycon.core.config import ModelConfig
 
@@ -94,6 +97,7 @@ def test_a_file_of_weights(run_dir: Path, tmp_path: Path, capsys: pytest.Capture
     assert entry["results"]["knn@digits/top1_k1"] > 30
 
 
+@pytest.mark.slow
 def test_another_data_set_is_named(run_dir: Path, tmp_path: Path) -> None:
     subject = on_checkpoint.of_run(run_dir, run_dir / "checkpoints" / "last")
     groups = on_checkpoint.plan(subject, evals.parse(["knn", "linear", "knn@fashion-mnist", "transfer", "linear:pcl"]))
@@ -104,6 +108,7 @@ def test_another_data_set_is_named(run_dir: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_wrong_requests_are_one_message(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         ([], ["give a CHECKPOINT"]),

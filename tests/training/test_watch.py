@@ -89,6 +89,7 @@ def test_a_collapse_is_said_once_with_its_cause() -> None:
     assert "mining.balanced" in watch.likely_cause(config(), uneven)
 
 
+@pytest.mark.slow
 def test_a_run_says_it_on_the_terminal_and_in_its_metrics(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
