@@ -23,7 +23,7 @@ pretrain: $(ready)  ## the main job: PCL on scikit-learn's digits with 2 Ray Tra
 	@$(bin)/python -m raycon.pretrain quickstart $(ARGS)
 
 test: check  ## all tests: `check`, then those that need Ray, FFCV or more time
-	@$(bin)/python -m pytest -q -m "ray or ffcv or ranks or slow or chaos" $(ARGS)
+	@$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "ray or ffcv or ranks or slow or chaos" $(ARGS)
 
 check: lint types  ## ruff, mypy and the quick tests, in about a minute
 	@$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not (ray or ffcv or ranks or slow or chaos)" $(ARGS)
@@ -54,7 +54,7 @@ pretrain: $(ready)  ## the main job: PCL on scikit-learn's digits with 2 Ray Tra
 	@$(bin)/python -m raycon.pretrain quickstart $(ARGS)
 
 test: check  ## all tests: `check`, then those that need Ray, FFCV or more time
-	@$(bin)/python -m pytest -q -m "ray or ffcv or ranks or slow or chaos" $(ARGS)
+	@$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "ray or ffcv or ranks or slow or chaos" $(ARGS)
 
 check: lint types  ## ruff, mypy and the quick tests, in about a minute
 	@$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not (ray or ffcv or ranks or slow or chaos)" $(ARGS)

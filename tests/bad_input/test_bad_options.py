@@ -233,7 +233,7 @@ def test_the_other_programs(
         (["--trials", "0"], ["--trials 0", "1 or more"]),
         (["--validation", "0"], ["--validation 0", "test split"]),
         (["--metric", "knn/top9"], ["--metric knn/top9", "knn gives"]),
-        (["--space", "method.tau=uniform(0.1,1)"], ["method.tau", "method.temperature"]),
+        (["--space", "method.tau=uniform(0.1,1)"], ["method.tau", "unknown option"]),
         (["--space", "method.temperature=uniform(-1,1)"], ["method.temperature = uniform(-1, 1)", "above 0"]),
         (["--space", "scaling.workers=integers(1,2)"], ["scaling.workers", "the sweep sets it"]),
         (["--dir", "."], ["is not empty", "directory of its own"]),
