@@ -241,7 +241,7 @@ def test_without_the_token_nothing_is_taken(head: tuple[str, dict[str, str], Pat
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_from_submission_to_stop_and_resume(head: tuple[str, dict[str, str], Path], tmp_path: Path) -> None:
     """Stopped by `ray job stop` it ends with a checkpoint; what is resumed ends; a wrong one says why and exits so."""
     address, environment, folder = head

@@ -230,6 +230,7 @@ def test_a_lost_node_is_replaced(machines: Machines, undisturbed: Path, tmp_path
     same(folder, undisturbed)
 
 
+@pytest.mark.long
 def test_a_node_that_is_taken_away_with_notice(machines: Machines, undisturbed: Path, tmp_path: Path) -> None:
     """A checkpoint within the notice; the loss is not counted: no failure is allowed here."""
     machines.to_two()
@@ -248,6 +249,7 @@ def test_a_node_that_is_taken_away_with_notice(machines: Machines, undisturbed: 
     same(folder, undisturbed)
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_named_and_left_behind(machines: Machines, undisturbed: Path, tmp_path: Path) -> None:
     machines.to_two()
     folder = tmp_path / "hang"
@@ -259,6 +261,7 @@ def test_a_rank_that_hangs_is_named_and_left_behind(machines: Machines, undistur
     same(folder, undisturbed)
 
 
+@pytest.mark.long
 def test_the_driver_is_killed_and_the_command_given_again(
     machines: Machines, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -280,6 +283,7 @@ def test_the_driver_is_killed_and_the_command_given_again(
     same(folder, undisturbed)
 
 
+@pytest.mark.long
 def test_a_run_shrinks_and_grows(machines: Machines, undisturbed: Path, tmp_path: Path) -> None:
     """2 workers, a node is lost: 1, a node comes: 2. Every step once, the same global batches, a loss close by."""
     machines.to_two()
