@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raycon.core import program
 from raycon.core.config import (
     ConfigError,
     DataConfig,
@@ -61,22 +62,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 all done, 1 an evaluation failed, 2 the request was wrong."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
-    try:
-        place, tasks, options = read(arguments)
-        return run(place, tasks, options)
-    except ConfigError as error:
-        if debug:
-            raise
-        sys.stderr.write(f"raycon.evaluate: {error}\n")
-        return 2
-    except (RuntimeError, OSError, ValueError) as error:
-        if debug:
-            raise
-        sys.stderr.write(f"raycon.evaluate: {type(error).__name__}: {error}\n(--debug shows where)\n")
-        return 1
+    return program.run("raycon.evaluate", lambda arguments: run(*read(arguments)), argv)
 
 
 # --- the command line -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from raycon.core import log
+from raycon.core import log, program
 from raycon.core.config import ConfigError, Facts, RunConfig, problems_of, save_yaml
 
 from . import record
@@ -36,20 +36,7 @@ _SETTINGS = ("metric", "searcher", "scheduler", "trials", "every_epochs", "grace
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 finished or stopped, 1 no trial could be scored, 2 a wrong request."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    try:
-        return run([a for a in arguments if a != "--debug"])
-    except ConfigError as error:
-        if debug:
-            raise
-        sys.stderr.write(f"raycon.tuning.sweep: {error}\n")
-        return 2
-    except (RuntimeError, OSError, ValueError) as error:
-        if debug:
-            raise
-        sys.stderr.write(f"raycon.tuning.sweep: {type(error).__name__}: {error}\n(--debug shows where)\n")
-        return 1
+    return program.run("raycon.tuning.sweep", run, argv)
 
 
 # --- the command line -------------------------------------------------------------------------------------------
