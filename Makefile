@@ -24,8 +24,12 @@ force:
 pretrain: $(ready)  ## the main job: PCL on scikit-learn's digits with 2 Ray Train workers
 	@$(bin)/python -m raycon.pretrain quickstart $(ARGS)
 
+# These start clusters and kill processes, several at a time on as few as two cores. What fails beside another is run once
+# more by itself, with both results printed: a wrong program fails twice, a machine that was too busy does not.
 test: check  ## all tests: `check`, then those that need Ray, FFCV or more time
-	@$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "($(waits)) and not long" $(ARGS)
+	@$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "($(waits)) and not long" $(ARGS) || { \
+	  echo "make test: what failed is run once more, alone"; \
+	  $(bin)/python -m pytest -q --last-failed --last-failed-no-failures none -m "($(waits)) and not long"; }
 
 test-long: $(ready)  ## tests that take minutes each: a job from submission to resume, nodes that leave, elastic groups
 	@$(bin)/python -m pytest -q -m long $(ARGS)
