@@ -39,6 +39,8 @@ _CAUSE = 600
 _NUMBER = "raycon_trial"
 """In Tune's configuration of a trial when it is made: its number, which becomes its name."""
 SCORE, EPOCH = "score", "epoch"
+_MARKET = "ray.io/market-type"
+"""The label of nodes that tells spot nodes, see on_ray/index.py."""
 
 
 def free_port() -> int:
@@ -52,7 +54,11 @@ def trials_at_once(config: RunConfig, facts: Facts, limit: int) -> tuple[int, st
     from raycon.training.job import feature_dim
 
     trial = place.bundles(config, facts, feature_dim(config))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [
+        node["Resources"] | ({} if (node.get("Labels") or {}).get(_MARKET) == "spot" else {place.KEPT: math.inf})
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
     return place.most_trials(trial, nodes, limit), place.told(trial, nodes)
 
 
@@ -144,6 +150,8 @@ class Proposals(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         score = None if error or result is None else result.get(SCORE)
+        if score is not None and not math.isfinite(score):  # stopped with the sweep before its first score
+            score = None
         self._proposer.tell(self._running.pop(trial_id), score)
 
     def save(self, checkpoint_path: str) -> None:
@@ -270,8 +278,9 @@ class Keeper(tune.Callback):
         last = trial.last_result or {}
         if last.get("interrupted") or EPOCH not in last:
             return
-        state: record.State = "finished" if last[EPOCH] >= self._epochs else "stopped"
-        self._end(trial, state, "")
+        options = self._of(trial)[1]
+        whole = options.get("train.epochs", self._epochs)
+        self._end(trial, "finished" if last[EPOCH] >= whole else "stopped", "")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number, _ = self._of(trial)

@@ -10,11 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 from raycon.core.config import Facts, RunConfig
+from raycon.index.plan import shard_bytes
 
 Bundle = dict[str, float]
 
 DRIVER_MEMORY = 256 * 2**20
 """Bytes set aside for the process that leads a trial. Not a CPU: it waits for the workers."""
+KEPT = "not spot"
+"""A resource of nodes that are not spot nodes, as on_ray/index.py asks for them; each index actor takes next to none."""
 _EPSILON = 1e-6
 
 
@@ -26,8 +29,8 @@ def bundles(config: RunConfig, facts: Facts, dim: int) -> list[Bundle]:
         found.append(_bundle(config.evals.cpus, config.evals.gpus))
     if dim:
         shards = min(mining.shards, facts.rows)
-        memory = 1.3 * math.ceil(facts.rows / shards) * dim * 4 + 64e6  # as on_ray/index.py reserves it
-        found += [_bundle(mining.cpus, 0.0) | {"memory": memory}] * shards
+        memory = float(shard_bytes(facts.rows, dim, shards, mining.storage))  # as on_ray/index.py reserves it
+        found += [_bundle(mining.cpus, mining.gpus) | {"memory": memory, KEPT: 1.0}] * shards
     return [*found, {"memory": float(DRIVER_MEMORY)}]
 
 
@@ -77,7 +80,9 @@ def told(trial: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> str:
 
     need: dict[str, float] = {}
     for bundle in trial:
-        for what, amount in bundle.items():
-            need[what] = need.get(what, 0.0) + amount
+        for what in ("CPU", "GPU", "memory"):
+            need[what] = need.get(what, 0.0) + bundle.get(what, 0.0)
     there = {what: sum(node.get(what, 0.0) for node in nodes) for what in ("CPU", "GPU", "memory")}
-    return f"a trial needs {words(need)}; the cluster has {words(there)} on {len(nodes)} node(s)"
+    spot = sum(KEPT not in node for node in nodes)
+    where = f", {spot} of them spot nodes, which hold no index" if spot and any(KEPT in b for b in trial) else ""
+    return f"a trial needs {words(need)}; the cluster has {words(there)} on {len(nodes)} node(s){where}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import shutil
 import threading
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class PretrainTrial(tune.Trainable):
         if metric not in entry["results"]:
             wrong = "; ".join(f"{k}: {v}" for k, v in entry.get("failed", {}).items())
             raise TrialFailed(f"the evaluation of step {entry['step']} gave no {metric} ({wrong or 'it is not there'})")
+        if not math.isfinite(entry["results"][metric]):
+            raise TrialFailed(f"the evaluation of step {entry['step']} gave {metric} = {entry['results'][metric]}")
         self._told, origin = entry, self._origin
         return {
             **entry["results"],

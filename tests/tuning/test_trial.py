@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from raycon.tuning.on_tune import Clip, Halving, Keeper, mutations
 from raycon.tuning.record import Record, Trial, new_plan, read_trials
 from raycon.tuning.space import choice, loguniform, uniform
 from raycon.tuning.study import find, scored
-from raycon.tuning.trial import Orders, PretrainTrial, TrialFailed, trainable_class
+from raycon.tuning.trial import Orders, PretrainTrial, TrialFailed, orders_of, trainable_class
 from raycon.tuning.watch import Lines
 
 METRIC = "knn/top1_k20"
@@ -93,6 +95,9 @@ def test_an_evaluation_without_the_metric_is_a_failure(tmp_path: Path) -> None:
     evaluated(tmp_path / "0000-abc", bad)
     with pytest.raises(TrialFailed, match="MemoryError: no room"):
         trial(tmp_path, "0000").step()
+    evaluated(tmp_path / "0000-abc", entry(4, float("nan")))
+    with pytest.raises(TrialFailed, match="top1_k20 = nan"):
+        trial(tmp_path, "0000").step()
 
 
 def test_an_exchange_copies_everything_into_a_new_directory(tmp_path: Path) -> None:
@@ -131,6 +136,27 @@ def test_an_exchange_copies_everything_into_a_new_directory(tmp_path: Path) -> N
     third = trial(runs, "0002", **{"method.temperature": 0.2})
     third.load_checkpoint(str(saved))
     assert third._run_dir.name == "0002-abc.1"
+
+
+def test_wandb_groups_the_trials_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each trial gives to wandb.init: the sweep's group and a name and id of its own, the same after a resume."""
+    from raycon.core import log
+
+    given: list[dict[str, Any]] = []
+    fake = SimpleNamespace(init=lambda **options: given.append(options), Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    common = orders_of(scored(find("digits-temperature")().base, METRIC, 0.2, 1), tmp_path, "abc", METRIC, group="mine")
+    for name in ("0000", "0001", "0001"):
+        kind = trainable_class(dataclasses.replace(common, by_name=True))
+        made: Any = kind.__new__(kind)
+        made._trial_info = SimpleNamespace(trial_name=name, trial_id=name)
+        made.setup({"method.temperature": 0.3})
+        log.Wandb(made._config(), made._run_dir)
+    assert [g["group"] for g in given] == ["mine"] * 3
+    assert [g["name"] for g in given] == ["0000-abc", "0001-abc", "0001-abc"]
+    assert [g["id"] for g in given] == ["0000-abc", "0001-abc", "0001-abc"]
+    assert given[0]["config"]["method.temperature"] == 0.3
+    assert given[0]["resume"] == "allow"
 
 
 def test_halving_stops_the_worse_and_remembers_earlier_sessions() -> None:
@@ -190,3 +216,21 @@ def test_the_keeper_writes_what_tune_tells(tmp_path: Path) -> None:
     assert (trials[1].state, trials[1].scores, trials[1].retries) == ("failed", {1: 6.0, 3: 8.0}, 1)
     assert trials[1].error == "gone"
     assert trials[1].metrics == {METRIC: 8.0}
+
+
+@pytest.mark.parametrize(("epochs", "state"), [(2, "finished"), (3, "stopped")])
+def test_a_trial_has_ended_when_its_own_epochs_are_trained(tmp_path: Path, epochs: int, state: str) -> None:
+    """train.epochs may be searched: a trial of 2 epochs is whole after 2, whatever the base trains."""
+    plan = new_plan("s", find("digits-temperature")())
+    keeper = Keeper(Record(tmp_path), plan, 4, {0: Trial(0)}, Lines(METRIC))
+
+    class Tuned:
+        config = {"train.epochs": epochs, "raycon_trial": 0}
+        last_result = {"epoch": 2}
+
+        def __str__(self) -> str:
+            return "0000"
+
+    keeper.on_trial_start(0, [], Tuned())
+    keeper.on_trial_complete(0, [], Tuned())
+    assert read_trials(tmp_path, plan.study)[0].state == state
