@@ -15,6 +15,7 @@ from .space import Choice, Domain, Space
 from .watch import short, words
 
 _WIDE = 1000
+_RING = ' style="fill-opacity:.15;stroke:var(--c)"'
 
 
 def parallel(space: Space, trials: Sequence[Trial], metric: str, mode: str, best: Trial | None) -> str:
@@ -47,10 +48,13 @@ def parallel(space: Space, trials: Sequence[Trial], metric: str, mode: str, best
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text class="name" x="{x:.1f}" y="16" text-anchor="middle">{escape(name)}</text>')
         marks = _marks(space[name]) if name in space else [(number(low), 0.0), (number(high), 1.0)]
+        # Beside the last axis, where no line goes on.
+        at, side = (x - 7, "end") if name in space else (x + 7, "start")
         for label, place in marks:
-            parts.append(f'<text x="{x - 7:.1f}" y="{y_of(place) + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+            parts.append(f'<text x="{at:.1f}" y="{y_of(place) + 4:.1f}" text-anchor="{side}">{escape(label)}</text>')
     label = f"Parallel coordinates of {len(scored)} trials; {metric} from {number(low)} to {number(high)}."
-    return _figure("options and score, a line per trial; the best in bold", label, "".join(parts), _WIDE, 266)
+    title = "options and score, a line per trial; the best in bold"
+    return _figure(title, label, "".join(parts), _WIDE, 266, least=max(760, 170 * len(names)))
 
 
 def _marks(domain: Domain) -> list[tuple[str, float]]:
@@ -62,15 +66,25 @@ def _marks(domain: Domain) -> list[tuple[str, float]]:
     return [(short(domain.at(u)), u) for u in shares]
 
 
-def response(name: str, domain: Domain, trials: Sequence[Trial], metric: str, marginal: Marginal | None) -> str:
-    """Score against one option: a dot per trial, and the forest's marginal with a band of one standard deviation.
+def response(
+    name: str,
+    domain: Domain,
+    trials: Sequence[Trial],
+    metric: str,
+    compared: Mapping[int, float],
+    marginal: Marginal | None,
+) -> str:
+    """Score against one option: the last score of each trial, and the forest's marginal with a band of one standard
+    deviation.
 
-    Filled dots trained to the end, hollow ones were stopped early.
+    ``compared``: by trial, the scores the forest was fitted to, all after the same number of epochs: rings, each joined to
+    the trial's last score where that is another. Filled dots trained to the end.
     """
     scored = [t for t in trials if t.score is not None and name in t.options]
     if not scored:
         return ""
-    values = [t.score or 0.0 for t in scored]
+    fitted = dict(compared) if marginal is not None else {}
+    values = [t.score or 0.0 for t in scored] + list(fitted.values())
     if marginal is not None:
         values += [*(marginal.mean + marginal.spread), *(marginal.mean - marginal.spread)]
     low, high = float(min(values)), float(max(values))
@@ -109,9 +123,16 @@ def response(name: str, domain: Domain, trials: Sequence[Trial], metric: str, ma
         told = (
             f"trial {trial.number}, {trial.state} after {trial.epoch} epochs: {trial.score:.4g}, {words(trial.options)}"
         )
-        hollow = "" if trial.state == "finished" else ' style="fill-opacity:.15;stroke:var(--c)"'
+        before = fitted.get(trial.number)
+        if before is not None and before != trial.score:
+            from_y = to_xy(trial.options[name], before)[1]
+            parts.append(
+                f'<line class="line c1" style="opacity:.35" x1="{x:.1f}" x2="{x:.1f}" y1="{from_y:.1f}" y2="{y:.1f}"/>'
+                f'<circle class="dot c1" cx="{x:.1f}" cy="{from_y:.1f}" r="3"{_RING}/>'
+            )
+        ring = "" if trial.state == "finished" else _RING
         parts.append(
-            f'<circle class="dot c1" cx="{x:.1f}" cy="{y:.1f}" r="4"{hollow}><title>{escape(told)}</title></circle>'
+            f'<circle class="dot c1" cx="{x:.1f}" cy="{y:.1f}" r="4"{ring}><title>{escape(told)}</title></circle>'
         )
     label = f"{metric} against {name}, {len(scored)} trials."
     return _figure(f"{metric} by {name}", label, "".join(parts), WIDTH, HEIGHT)
@@ -141,9 +162,11 @@ def bars(title: str, shares: Mapping[str, tuple[float, float]]) -> str:
     return _figure(title, f"{title}: {told}.", "".join(parts), WIDTH, height)
 
 
-def _figure(title: str, label: str, body: str, width: int, height: int) -> str:
+def _figure(title: str, label: str, body: str, width: int, height: int, least: int = 0) -> str:
+    """``least``: pixels of width below which the figure scrolls sideways, so that its words can still be read."""
     assert math.isfinite(width * height)
+    style = f' style="min-width:{least}px"' if least else ""
     return (
-        f'<figure class="chart"><figcaption><span>{escape(title)}</span></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg></figure>'
+        f'<figure class="chart"><figcaption><span>{escape(title)}</span></figcaption><div class="scroll">'
+        f'<svg viewBox="0 0 {width} {height}"{style} role="img" aria-label="{escape(label)}">{body}</svg></div></figure>'
     )

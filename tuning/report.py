@@ -21,6 +21,7 @@ from .importance import LEAST_TRIALS, Marginal, marginals
 from .record import Plan, Trial, best_of
 from .watch import short, steps_trained
 
+_CELL = {"run directory": " style='white-space:nowrap'", "error": " class='wide' style='min-width:16em'"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -139,7 +140,7 @@ def _table(plan: Plan, trials: Mapping[int, Trial], best: Trial | None) -> str:
         rows.append(
             f"<tr{mark}>"
             + "".join(
-                f"<td class='{'n' if h in numeric else 'wide'}'>{escape(c)}</td>"
+                f"<td{_CELL.get(h, ' class=n' if h in numeric else '')}>{escape(c)}</td>"
                 for h, c in zip(heads, cells, strict=True)
             )
             + "</tr>"
@@ -167,17 +168,18 @@ def _responses(
 ) -> str:
     study = plan.study
     drawn = "".join(
-        figures.response(name, domain, list(trials.values()), study.metric, found.get(name))
+        figures.response(name, domain, list(trials.values()), study.metric, compared, found.get(name))
         for name, domain in study.space.items()
     )
     if not drawn:
         return '<p class="soft">No score yet.</p>'
-    note = "Dots: last scores, hollow where a trial did not train to the end."
+    note = "Filled dots: last scores of trials that trained to the end; rings: those of the others."
     if found:
-        note += (
-            f" Line and band: mean and one standard deviation, over the trees of a random forest, of the score after "
-            f"{at} epochs of {len(compared)} trials with the other options averaged out. The band is what the trials leave "
-            "open, not the noise of training again with another seed."
+        note = (
+            f"Rings: scores of {len(compared)} trials after {_epochs(at)}, the last that all of them reached. Line and band: mean "
+            "and one standard deviation, over the trees of a random forest fitted to the rings, with the other options "
+            "averaged out. The band is what the trials leave open, not the noise of training again with another seed. "
+            "Dots joined to their rings: last scores, filled where a trial trained to the end."
         )
     return f'<div class="charts">{drawn}</div><p class="soft">{note}</p>'
 
@@ -190,7 +192,7 @@ def _importance(at: int, compared: Mapping[int, float], found: Mapping[str, Marg
         )
     drawn = figures.bars("share of the variance", {n: (m.importance, m.uncertainty) for n, m in found.items()})
     note = (
-        f"fANOVA: the share of the variance of the score after {at} epochs, over the whole space, that each option alone "
+        f"fANOVA: the share of the variance of the score after {_epochs(at)}, over the whole space, that each option alone "
         f"explains, by a random forest on {len(compared)} trials; the whisker is one standard deviation over its trees. "
         "What is missing to 100 % is interactions."
     )
@@ -241,6 +243,10 @@ def _cost(folder: Path, plan: Plan, trials: Mapping[int, Trial]) -> str:
         )
         + "</div>"
     )
+
+
+def _epochs(number: int) -> str:
+    return f"{number} epoch" if number == 1 else f"{number} epochs"
 
 
 def _clock(seconds: float) -> str:
