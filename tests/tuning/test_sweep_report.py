@@ -85,7 +85,10 @@ def test_the_page_says_what_happened(swept: Path, capsys: pytest.CaptureFixture[
     assert "90.25" in text
     assert "trial 2" in text
     assert "2 finished · 2 stopped · 1 failed · 1 waiting" in text
-    assert text.count("<circle") >= 8  # a dot per trial in each of two responses
+    # In each of two responses the last scores of 4 trials, and those after epoch 1 of the 3 that trained on.
+    responses = text[text.index('id="responses"') : text.index('id="importance"')]
+    assert responses.count("<circle") == 2 * (4 + 3)
+    assert responses.count("trial 2, finished after 4 epochs: 90.25") == 2
     for name in ("method.temperature", "method.head"):
         assert len(re.findall(re.escape(name), text)) > 5
     # 4 + 1 + 4 + 2 epochs of five started trials of 4 epochs each.
