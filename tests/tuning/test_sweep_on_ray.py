@@ -178,7 +178,7 @@ def mine():
     base = recipe("quickstart")
     base = dataclasses.replace(
         base,
-        method=methods.configure("pcl", dim=16, queue=256, clusters=(8, 16), warmup_epochs=1, momentum=0.99),
+        method=methods.configure("pcl", dim=16, queue=256, clusters=(8, 16), negatives=4, warmup_epochs=1, momentum=0.99),
         model=dataclasses.replace(base.model, width=4),
         data=dataclasses.replace(base.data, loader="torch"),
         train=dataclasses.replace(base.train, epochs=4, warmup_epochs=0.0),
