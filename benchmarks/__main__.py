@@ -25,12 +25,19 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
 LIBRARIES = ("torch", "ray", "faiss-cpu", "faiss-gpu", "ffcv", "numpy", "numba", "lightly", "kornia", "scikit-learn")
-APART = {"__init__", "__main__", "harness", "methods_fashion"}
+APART = {"__init__", "__main__", "harness", "machines", "methods_fashion"}
 """methods_fashion measures accuracies, for an hour, and writes a page of its own."""
+WHEN_NAMED = {"soak"}
+"""What takes a quarter of an hour: run when it is named, kept and shown like the others."""
 
 
 def names() -> list[str]:
     return sorted(file.stem for file in HERE.glob("*.py") if file.stem not in APART)
+
+
+def by_itself() -> list[str]:
+    """Those that run when none is named."""
+    return [name for name in names() if name not in WHEN_NAMED]
 
 
 def title(name: str) -> str:
@@ -70,14 +77,14 @@ def machine() -> dict[str, Any]:
 
 
 def measure(name: str, quick: bool, facts: dict[str, Any]) -> bool:
-    """Run one benchmark and keep its rows; False when it failed."""
+    """Run one benchmark and keep its rows, if it has come to any; False when it failed."""
     started = time.perf_counter()
     sys.stderr.write(f"--- {name}{' --quick' if quick else ''}\n")
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(rows), *(["--quick"] if quick else [])]
         status = subprocess.run(command, cwd=HERE.parent, check=False).returncode
-        if status or not rows.exists():
+        if not rows.exists():
             sys.stderr.write(f"{name} ended with {status}: its earlier rows, if any, are kept\n")
             return False
         kept = facts | {
@@ -88,7 +95,7 @@ def measure(name: str, quick: bool, facts: dict[str, Any]) -> bool:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}{'-gpu' if facts['gpu'] else ''}.json"
     file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    return True
+    return status == 0
 
 
 def number(value: float | None) -> str:
@@ -142,7 +149,9 @@ def page() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; none: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(names())}; none: all but {', '.join(WHEN_NAMED)}"
+    )
     parser.add_argument("--quick", action="store_true", help="each within 4 minutes on 2 cores")
     parser.add_argument("--page", action="store_true", help="write the page from what was measured before")
     args = parser.parse_args(argv)
@@ -151,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
     if not args.page:
         facts = machine()
-        failed = [name for name in args.names or names() if not measure(name, args.quick, facts)]
+        failed = [name for name in args.names or by_itself() if not measure(name, args.quick, facts)]
     PAGE.write_text(page(), encoding="utf-8")
     sys.stderr.write(f"{PAGE}\n" + (f"failed: {', '.join(failed)}\n" if failed else ""))
     return 1 if failed else 0

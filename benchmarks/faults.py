@@ -1,19 +1,16 @@
-"""Faults: what a checkpoint costs, how long a run takes to come back, and a soak of random faults.
+"""Faults: what a checkpoint costs, how long a run takes to come back from each fault: python -m benchmarks.faults
 
-python -m benchmarks.faults [--quick] [--json FILE]      checkpoint cost; recovery from a lost worker, shard, driver
-python -m benchmarks.faults --soak [--faults N] [--seed S] [--minutes M]
-                                                         at least N random faults over one run; the weights at the
-                                                         end must be those of a run that nothing happened to
+python -m benchmarks.faults [--quick] [--json FILE]      checkpoint cost; recovery (--quick: from a lost worker and job)
+python -m benchmarks.faults --soak [...]                 python -m benchmarks.soak: random faults over one run
 
-A recovery time is wall time from the kill to the next step that is written; it holds for the machine it was taken on.
+A recovery time is wall time from the fault to the next step that is written; it holds for the machine it was taken on,
+and is compared to the time from the run's command to its first step.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -25,52 +22,70 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks import harness
 from benchmarks.harness import Row
+from benchmarks.machines import Head, Machines
 from raycon.core.log import read_lines
 
 OPTIONS = [
     "quickstart", "--method.warmup-epochs=2", "--train.warmup-epochs=1", "--method.clusters", "60", "100",
     "--data.loader=torch", "--mining.redo=1", "--mining.iterations=4", "--log.every-steps=1", "--log.quiet",
-    "--log.report=light", "--checkpoint.every-steps=5", "--evals.names",
+    "--log.report=light", "--checkpoint.every-steps=5",
 ]  # fmt: skip
-KINDS = ("worker 0", "worker 1", "both workers", "writer", "driver", "job")
-"""One rank; all; rank 0 while it writes a checkpoint; the driver alone; the driver and all it started."""
+KINDS = (
+    "worker 0", "worker 1", "both workers", "writer", "shard", "refreshing shard", "coordinator", "evaluation", "driver", "job",
+)  # fmt: skip
+"""One rank; all; rank 0 while it writes a checkpoint; an index actor, in a refresh or whenever it comes; an evaluation
+task; the driver alone; the driver and all it started."""
+OF_ACTORS = {
+    "shard": "ray::IndexShard", "refreshing shard": "ray::IndexShard", "coordinator": "ray::IndexCoordinator",
+    "evaluation": "ray::evaluate",
+}  # fmt: skip
 
 
 # --- a run as processes -----------------------------------------------------------------------------------------
 
 
 class Run:
-    """A run with its own Ray on this machine, started again by the same command when it was killed."""
+    """``with Run(folder, epochs, option ...) as run``: started again by the same command when its driver was killed.
 
-    def __init__(self, folder: Path, epochs: int) -> None:
+    On a Ray of its own, or on the cluster at ``address``. ``environment``: instead of this process's.
+    """
+
+    def __init__(
+        self, folder: Path, epochs: int, *more: str, address: str = "", environment: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
-        self._command = [sys.executable, "-m", "raycon.pretrain", *OPTIONS, f"--train.epochs={epochs}"]
+        self._command = [sys.executable, "-m", "raycon.pretrain", *OPTIONS, f"--train.epochs={epochs}", *more]
         self._command += [f"--run.dir={folder}", "--scaling.max-failures=-1"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "150"}
-        self._environment = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+        self._environment = {k: v for k, v in (environment or os.environ).items() if k != "RAY_ADDRESS"}
+        self._environment |= {"OMP_NUM_THREADS": "1"}
+        if address:
+            self._environment |= {"RAY_ADDRESS": address, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
+        else:
+            self._environment["RAY_AUTH_MODE"] = "disabled"
         self._log = folder.with_suffix(".log").open("a")
-        self.starts = 0
         self.start()
 
     def start(self) -> None:
-        self.starts += 1
         self.process = subprocess.Popen(
             self._command, env=self._environment, stdout=self._log, stderr=self._log, start_new_session=True
         )
 
-    def steps(self) -> list[int]:
+    def records(self, kind: str) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
-        return [r["step"] for r in read_lines(file) if r["kind"] == "train"] if file.exists() else []
+        return [r for r in read_lines(file) if r["kind"] == kind] if file.exists() else []
+
+    def steps(self) -> list[int]:
+        return [r["step"] for r in self.records("train")]
 
     def ranks(self) -> list[int]:
-        found = [r["pids"] for r in read_lines(self.folder / "metrics.jsonl") if r["kind"] == "start"]
-        return list(found[-1])
+        return list(self.records("start")[-1]["pids"])
 
     def begins(self) -> int:
-        file = self.folder / "metrics.jsonl"
-        return sum(r["kind"] == "start" for r in read_lines(file)) if file.exists() else 0
+        return len(self.records("start"))
 
     def until(self, condition: Callable[[], bool], seconds: float = 600, every: float = 0.1) -> bool:
         """False when the run ended before. Raises TimeoutError."""
@@ -79,14 +94,24 @@ class Run:
             if self.process.poll() is not None:
                 return False
             if time.monotonic() > end:
-                raise TimeoutError(f"the run stands still; see {self._log.name}")
+                raise TimeoutError(f"the run stands still; its log: {Path(self._log.name).read_text()[-3000:]}")
             threading.Event().wait(every)
         return True
 
+    def further(self, steps: int) -> bool:
+        """Wait until so many steps more have been made; False when the run ended before."""
+        return self.until(partial(_at, self, (self.steps() or [0])[-1] + steps))
+
     def kill(self, kind: str) -> bool:
         """Do one of KINDS; False when the run ended before it could be done."""
-        if kind == "writer" and not self.until(lambda: any(self.folder.glob("checkpoints/.*.part")), every=0.001):
+        if kind == "writer" and not self.until(lambda: any(self.folder.glob("checkpoints/.*.part")), every=0.002):
             return False
+        if kind == "refreshing shard":
+            seen = len(self.records("state"))
+            if not self.until(lambda: any("mining" in r for r in self.records("state")[seen:]), every=0.02):
+                return False
+        if kind in OF_ACTORS:
+            return self.until(partial(self._kill_process, OF_ACTORS[kind]), every=0.05)
         ranks = self.ranks()
         victims = {
             "worker 0": ranks[:1], "worker 1": ranks[-1:], "both workers": ranks, "writer": ranks[:1],
@@ -104,31 +129,46 @@ class Run:
             self.start()
         return True
 
+    def _kill_process(self, title: str) -> bool:
+        """The first process of this title that the run's own Ray has; False when there is none now."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if " ".join(process.cmdline()).startswith(title):
+                        process.kill()
+                        return True
+        return False
+
+    def recovered(self, fault: Callable[[], Any], restarts: bool = True) -> float:
+        """Seconds from ``fault`` to the next step, of a group started anew where the fault ``restarts`` it."""
+        begins = self.begins()
+        start = time.monotonic()
+        fault()
+        done = self.until(lambda: self.begins() > begins) if restarts else True
+        if not done or not self.further(1):
+            raise RuntimeError(f"the run ended with {self.process.returncode}; see {self._log.name}")
+        return time.monotonic() - start
+
     def close(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(60)
         self._log.close()
 
+    def __enter__(self) -> Run:
+        return self
 
-def _longer(run: Run, lines: int) -> bool:
-    return len(run.steps()) >= lines
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def restarts(kind: str) -> bool:
+    """Does this fault start the worker group anew?"""
+    return kind not in OF_ACTORS
 
 
 def _at(run: Run, step: int) -> bool:
     return (run.steps() or [0])[-1] >= step
-
-
-def _begun(run: Run, begins: int) -> bool:
-    return run.begins() > begins
-
-
-def reference(folder: Path, epochs: int) -> None:
-    """The same run on two ranks without Ray, which nothing happens to."""
-    prefix = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
-    run = [*prefix, sys.executable, "-m", "raycon.pretrain", *OPTIONS, f"--train.epochs={epochs}"]
-    run += [f"--run.dir={folder}", "--runtime=local"]
-    subprocess.run(run, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=1800, check=True)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------
@@ -165,65 +205,94 @@ def checkpoint_cost(quick: bool) -> list[Row]:
 
 
 def recovery(quick: bool) -> list[Row]:
-    """Wall seconds from a kill to the next written step; `other` is the run's own start, to its first step."""
+    """Wall seconds from a fault to the next written step; `other` is the run's own start, to its first step."""
+    if quick:
+        return on_one_machine(("worker 1", "job"))
+    kinds = ("worker 1", "both workers", "writer", "shard", "refreshing shard", "coordinator", "driver", "job")
+    return on_one_machine(kinds) + on_nodes() + without_a_head()
+
+
+def on_one_machine(kinds: tuple[str, ...]) -> list[Row]:
+    """Processes killed, on a Ray of the run's own."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()
-        run = Run(Path(folder) / "run", epochs=400)
-        try:
-            run.until(lambda: len(run.steps()) >= 1)
-            start = time.monotonic() - begin
-            for kind in ("worker 1",) if quick else ("worker 1", "writer", "job"):
-                stood, begins = len(run.steps()), run.begins()
-                run.until(partial(_longer, run, stood + 12))
-                run.kill(kind)
-                killed = time.monotonic()
-                run.until(partial(_begun, run, begins))
-                run.until(partial(_longer, run, len(run.steps()) + 1))
-                rows.append(harness.shown(f"{kind} killed: s to the next step", time.monotonic() - killed, start))
-        finally:
-            run.close()
+        with Run(Path(folder) / "run", 400, "--evals.names") as run:
+            run.further(1)
+            first = time.monotonic() - begin
+            run.further(24)  # into the epochs with prototypes
+            for kind in kinds:
+                run.further(6)
+                seconds = run.recovered(partial(run.kill, kind), restarts(kind))
+                rows.append(harness.shown(f"{kind} killed: s to the next step", seconds, first))
     return rows
 
 
-def soak(faults: int, seed: int, minutes: float) -> int:
-    """Random faults at random steps, the same ones for a seed; 0 when the run ends with the reference's bits."""
-    choose = random.Random(seed)
-    plan = [(choose.choice(KINDS), choose.randint(3, 12)) for _ in range(faults)]
-    epochs = max(5, -(-sum(steps for _, steps in plan) // 11) + 4)  # each fault costs what was not saved yet
-    end = time.monotonic() + 60 * minutes
-    done: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", epochs)
-        try:
-            for kind, steps in plan:
-                before, begins = (run.steps() or [0])[-1], run.begins()
-                alive = run.until(partial(_at, run, before + steps))
-                if not alive or not run.kill(kind):
-                    break
-                done[kind] = done.get(kind, 0) + 1
-                told = ", ".join(f"{n} x {k}" for k, n in done.items())
-                sys.stdout.write(f"{sum(done.values())} of {faults} faults at step {before + steps}: {told}\n")
-                sys.stdout.flush()
-                if time.monotonic() > end:
-                    break
-                run.until(partial(_begun, run, begins))
-            status = run.process.wait(1800)
-        finally:
-            run.close()
-        reference(Path(folder) / "reference", epochs)
-        same = status == 0 and identical(run.folder, Path(folder) / "reference")
-        survived = sum(done.values())
-    sys.stdout.write(
-        f"survived {survived} faults ({done}), seed {seed}: {'the same bits' if same else 'NOT the same'}\n"
-    )
-    return 0 if same and survived >= faults else 1
+def on_nodes() -> list[Row]:
+    """Nodes that go and come, a rank that hangs: on a cluster of three nodes on this machine."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, Machines() as machines:
+
+        def run(name: str, *more: str) -> Run:
+            return Run(Path(folder) / name, 400, "--evals.names", *more, address=machines.address)
+
+        def replaced() -> None:
+            machines.lose(machines.nodes[0])
+            machines.add()
+
+        begin = time.monotonic()
+        with run("fixed", f"--scaling.timeout-s={HANGS_S}") as fixed:
+            fixed.further(1)
+            first = time.monotonic() - begin
+            fixed.further(24)
+            rows.append(harness.shown("node lost, another there: s to the next step", fixed.recovered(replaced), first))
+            fixed.further(6)
+            node = machines.nodes[0]
+            machines.drain(node, 60.0)
+            fixed.until(lambda: any("saved" in r["text"] for r in fixed.records("event")), every=0.05)
+            seconds = fixed.recovered(replaced)
+            rows.append(harness.shown("node lost after a notice: s to the next step", seconds, first))
+            fixed.further(6)
+            seconds = fixed.recovered(lambda: os.kill(fixed.ranks()[1], signal.SIGSTOP))
+            rows.append(harness.shown(f"rank 1 hangs, timeout {HANGS_S} s: s to the next step", seconds, first))
+        with run("elastic", "--scaling.min-workers=1", "--scaling.resize-s=5") as elastic:
+            elastic.further(25)
+            seconds = elastic.recovered(lambda: machines.lose(machines.nodes[0]))
+            rows.append(harness.shown("elastic, 2 workers to 1: s to the next step", seconds, first))
+            elastic.further(6)
+            seconds = elastic.recovered(machines.add)
+            rows.append(harness.shown("elastic, 1 worker to 2: s to the next step", seconds, first))
+    return rows
 
 
-def identical(folder: Path, other: Path) -> bool:
-    name = "checkpoints/last/model.safetensors"
-    lines = [[(r["step"], r["loss"]) for r in read_lines(f / "metrics.jsonl") if r["kind"] == "train"] for f in (folder, other)]  # fmt: skip
-    return lines[0] == lines[1] and (folder / name).read_bytes() == (other / name).read_bytes()
+def without_a_head() -> list[Row]:
+    """The head is switched off and on, and the same command given to it again."""
+    with tempfile.TemporaryDirectory() as folder, Head() as head:
+        begin = time.monotonic()
+        more = {"address": head.address, "environment": head.environment}
+        with Run(Path(folder) / "run", 400, "--evals.names", **more) as run:  # type: ignore[arg-type]
+            run.further(1)
+            first = time.monotonic() - begin
+            run.further(24)
+            ended: list[float] = []
+
+            def off_and_on() -> None:
+                head.kill()
+                killed = time.monotonic()
+                run.process.wait(300)
+                ended.append(time.monotonic() - killed)
+                head.start()
+                run.start()
+
+            seconds = run.recovered(off_and_on)
+            return [
+                harness.shown("head lost: s until the driver has ended", ended[0], first),
+                harness.shown("head lost and started, command given again: s to the next step", seconds, first),
+            ]
+
+
+HANGS_S = 30
+"""scaling.timeout-s of the run whose rank hangs: after so long the others give it up."""
 
 
 def measure(quick: bool) -> list[Row]:
@@ -231,16 +300,12 @@ def measure(quick: bool) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    arguments = sys.argv[1:] if argv is None else argv
-    if "--soak" not in arguments:
-        return harness.main(__doc__ or "", measure, arguments)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--soak", action="store_true")
-    parser.add_argument("--faults", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no more faults after so long")
-    asked = parser.parse_args(arguments)
-    sys.exit(soak(asked.faults, asked.seed, asked.minutes))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--soak" in arguments:
+        from benchmarks import soak
+
+        return soak.main([a for a in arguments if a != "--soak"])
+    return harness.main(__doc__ or "", measure, arguments)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def test_committed_page_is_that_of_the_committed_rows() -> None:
 def test_every_benchmark_has_a_title() -> None:
     assert {"data", "index", "losses", "training"} <= set(program.names())
     assert all(len(program.title(name)) > 10 for name in program.names())
+    assert set(program.names()) - set(program.by_itself()) == {"soak"}
 
 
 def test_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:

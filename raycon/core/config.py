@@ -609,11 +609,20 @@ def world_sizes(config: RunConfig) -> list[int]:
 
 
 def elastic_problems(config: RunConfig) -> list[str]:
-    """What is wrong with the time limits and the range of workers."""
+    """What is wrong with the time limits, the range of workers and what each asks for."""
     scaling = config.scaling
     found = above_zero("scaling.timeout_s", scaling.timeout_s) + above_zero("scaling.wait_s", scaling.wait_s)
     found += above_zero("scaling.resize_s", scaling.resize_s)
     found += within("scaling.min_workers", scaling.min_workers, 0, max(scaling.workers, 0))
+    shares = {"cpus_per_worker": scaling.cpus_per_worker, "gpus_per_worker": scaling.gpus_per_worker}
+    for name, share in shares.items():
+        found += at_least(f"scaling.{name}", share, 0)
+        if scaling.min_workers and share % 1 != 0:  # Ray counts wrongly how many of those would fit
+            found.append(f"scaling.{name} = {share}: an elastic run takes whole ones; give a whole number")
+    if not any(shares.values()):
+        found.append(
+            "scaling.cpus_per_worker = 0 and scaling.gpus_per_worker = 0: give a number above 0 for one of them"
+        )
     if not found and scaling.min_workers and scaling.min_workers not in world_sizes(config):
         found.append(
             f"train.batch = {config.train.batch} does not divide over scaling.min_workers = {scaling.min_workers}: it "

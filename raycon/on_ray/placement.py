@@ -22,6 +22,8 @@ logger = logging.getLogger("raycon")
 LOOK_S = 2.0
 SAY_AFTER_S = 60.0
 """How long workers wait for their place before it is said what is missing; said again after as long."""
+HEAD_S = 10.0
+"""How long the cluster's head may be out of reach before that is said. Ray ends the process after 60 s."""
 
 
 def per_worker(config: RunConfig) -> dict[str, float]:
@@ -68,12 +70,26 @@ def problems(config: RunConfig) -> list[str]:
 
 @contextmanager
 def watched(config: RunConfig, run_dir: Path) -> Iterator[None]:
-    """Say, in the log and in metrics.jsonl, what is missing whenever the workers have no place for a minute."""
+    """Say, in the log and in metrics.jsonl, what is missing whenever the workers have no place for a minute, and that the
+    head is gone: Ray ends this process soon after, and its words do not tell how to go on."""
     ended = threading.Event()
+    head = ray.get_runtime_context().gcs_address
+
+    def say(text: str) -> None:
+        logger.warning("%s", text)
+        log.append_line(run_dir / "metrics.jsonl", {"kind": "event", "step": 0, "text": text})
 
     def look() -> None:
-        since = said = time.monotonic()
+        since = said = seen = time.monotonic()
+        gone = False
         while not ended.wait(LOOK_S):
+            if not log.reachable(f"tcp://{head}", 2.0):
+                if time.monotonic() - seen >= HEAD_S and not gone:
+                    gone = True
+                    say(f"the head of the cluster ({head}) is gone: this run ends; go on with --resume {run_dir} when there "
+                        "is one again, or on another cluster")  # fmt: skip
+                continue
+            seen, gone = time.monotonic(), False
             try:
                 placed = any(group["state"] == "CREATED" for group in _groups(per_worker(config)))
             except Exception as error:  # the cluster may be going; the run itself will tell
@@ -84,9 +100,7 @@ def watched(config: RunConfig, run_dir: Path) -> Iterator[None]:
                 since = said = now
             elif now - said >= SAY_AFTER_S:
                 said = now
-                text = f"waiting for {now - since:.0f} s: {missing(config)}"
-                logger.warning("%s", text)
-                log.append_line(run_dir / "metrics.jsonl", {"kind": "event", "step": 0, "text": text})
+                say(f"waiting for {now - since:.0f} s: {missing(config)}")
 
     thread = threading.Thread(target=look, name="raycon-placement", daemon=True)
     thread.start()

@@ -20,6 +20,7 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, Validation
 from raycon import methods
 from raycon.core import log
 from raycon.core.config import ConfigError, Facts, RunConfig, from_dict, to_dict, world_sizes
+from raycon.on_ray import here
 from raycon.on_ray.placement import missing, per_worker, watched
 from raycon.on_ray.placement import problems as placement_problems
 
@@ -55,7 +56,7 @@ def connect(dashboard_port: int = 0) -> None:
             os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"
             quiet["dashboard_port"] = dashboard_port
         # None: a dashboard that does not come up in time (a loaded machine) is no reason not to run.
-        ray.init(address="local", include_dashboard=None if dashboard_port else False, **quiet)
+        here.start(include_dashboard=None if dashboard_port else False, **quiet)
     else:
         ray.init(address=address, **quiet)
 

@@ -6,10 +6,12 @@ import dataclasses
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +26,13 @@ from raycon.core.config import ConfigError, RunConfig, ScalingConfig, elastic_pr
 from raycon.core.log import read_lines
 from raycon.recipes import recipe
 from raycon.training import checkpoint, job, loop
+from tests.helpers import on_ranks
 
 TINY = [
     "quickstart", "--runtime=local", "--data.loader=torch", "--train.epochs=2", "--train.warmup-epochs=0",
     "--method.warmup-epochs=1", "--method.clusters", "20", "--method.negatives=10", "--mining.redo=1", "--mining.iterations=2",
     "--log.every-steps=1", "--evals.names", "--model.width=8", "--log.report=light",
+    "--checkpoint.every-epochs=1",
 ]  # fmt: skip
 
 
@@ -113,6 +117,82 @@ def test_the_same_command_goes_on_another_is_refused(
     assert pretrain.main([*command, "--train.lr=0.5"]) == 2
     assert "holds a run" in capsys.readouterr().err
     assert losses(folder) == losses(whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
+    """The newest one has lost a byte: the run goes on from the one before, says so, and ends with the same bits."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    newest = folder / "checkpoints" / "00000022"
+    assert (folder / "checkpoints" / "last").resolve() == newest
+    weights = bytearray((newest / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(weights)
+    assert pretrain.main(["--resume", str(folder), "--log.quiet"]) == 0
+    lines = list(read_lines(folder / "metrics.jsonl"))
+    assert [r["step"] for r in lines if r["kind"] == "start"] == [0, 11]
+    (said,) = [r["text"] for r in lines if r["kind"] == "event" and "passed over" in r["text"]]
+    assert f"{newest}/model.safetensors: missing, cut off or altered" in said
+    assert losses(folder) == losses(whole)
+    name = "checkpoints/last/model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_says_so_and_goes_on_later(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    shutil.rmtree(folder / "checkpoints" / "00000022")
+    good = folder / "checkpoints" / "00000011"
+    before = {f.name: f.read_bytes() for f in good.iterdir()}
+    with no_file_above(100_000):
+        assert pretrain.main(["--resume", str(folder), "--log.quiet"]) == 1
+    said = capsys.readouterr().err
+    assert "the disk is full" in said
+    assert f"the last good checkpoint is {good}" in said
+    assert f"--resume {folder}" in said
+    assert "Traceback" not in said
+    assert {f.name: f.read_bytes() for f in good.iterdir()} == before
+    assert pretrain.main(["--resume", str(folder), "--log.quiet"]) == 0
+    assert losses(folder) == losses(whole)
+    name = "checkpoints/last/model.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def _with_a_slow_rank(folder: str) -> None:
+    """A rank of a run in which rank 1 waits for its images."""
+    from raycon import data_loaders
+    from raycon.core import dist
+
+    opened = data_loaders.open_loader
+
+    def open_slow(*args: Any) -> Any:
+        loader = opened(*args)
+        train = loader.train
+
+        def slow(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            for batch in train(*args, **kwargs):
+                time.sleep(0.3)  # the fault itself: far more than a batch of these takes
+                yield batch
+
+        loader.train = slow
+        return loader
+
+    if dist.rank() == 1:
+        data_loaders.open_loader = open_slow
+    options = ["--train.epochs=1", "--method.warmup-epochs=1", f"--run.dir={folder}", "--log.quiet"]
+    assert pretrain.main([*TINY, *options]) == 0
+
+
+@pytest.mark.ranks
+def test_a_slow_rank_is_seen_in_the_metrics(tmp_path: Path) -> None:
+    on_ranks(2, _with_a_slow_rank, str(tmp_path / "run"))
+    train = [r for r in read_lines(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["ranks/slowest"] for r in train] == [1] * 11
+    assert all(r["ranks/slowest_s"] >= 0.3 for r in train)
 
 
 HOLDER = """

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.machines import BIN, Head, until
 from raycon.cluster import submit
 from raycon.core.config import ConfigError
 from raycon.core.log import read_lines
-from tests.helpers import free_port
 
 ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(autouse=True)
@@ -154,60 +146,13 @@ def test_help_imports_neither_torch_nor_ray() -> None:
 # --- on a cluster -----------------------------------------------------------------------------------------------
 
 
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        threading.Event().wait(0.3)
-
-
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str], Path]]:
-    """A head that wants a token: its address, the environment of those who have it, its folder.
-
-    Ended by its own process group (never `ray stop`: that would end every cluster of the machine).
-    """
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """A head that wants a token."""
     token = tmp_path_factory.mktemp("secret") / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
-    dashboard = free_port()
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "RAY_raylet_start_wait_time_s": "150",
-    }
-    environment.pop("RAY_ADDRESS", None)
-    short = Path(tempfile.mkdtemp(prefix="ray-"))  # socket paths have a length limit that tmp_path exceeds
-    start = [
-        f"{BIN}/ray", "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--object-store-memory=100000000",
-        "--dashboard-host=127.0.0.1", f"--temp-dir={short}",
-    ]  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard}"
-
-    def answers() -> bool:
-        assert process.poll() is None, "the head ended"
-        try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
-        except urllib.error.HTTPError as error:
-            return error.code == 401
-        except OSError:
-            return False
-        return True
-
-    with subprocess.Popen(
-        start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
-        try:
-            until(answers, 240, "the dashboard did not come up")
-            yield address, environment, short
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+    with Head(token) as found:
+        yield found
 
 
 TINY = [
@@ -220,20 +165,20 @@ def command(address: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "raycon.cluster.submit", "--address", address, *arguments]
 
 
-def submitted(head: tuple[str, dict[str, str], Path], *arguments: str) -> subprocess.CompletedProcess[str]:
-    address, environment, _ = head
-    run = command(address, *arguments)
-    return subprocess.run(run, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+def submitted(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
+    run = command(head.dashboard, *arguments)
+    return subprocess.run(run, env=head.environment, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_without_the_token_nothing_is_taken(head: tuple[str, dict[str, str], Path], tmp_path: Path) -> None:
-    address, environment, _ = head
+def test_without_the_token_nothing_is_taken(head: Head, tmp_path: Path) -> None:
     for mode in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 32}):
-        own = {k: v for k, v in environment.items() if not k.startswith("RAY_AUTH")} | mode | {"HOME": str(tmp_path)}
-        run = command(address, *TINY, "--storage", str(tmp_path))
-        done = subprocess.run(run, env=own, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+        own = (
+            {k: v for k, v in head.environment.items() if not k.startswith("RAY_AUTH")} | mode | {"HOME": str(tmp_path)}
+        )
+        run = command(head.dashboard, *TINY, "--storage", str(tmp_path))
+        done = subprocess.run(run, env=own, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "wants the token" in done.stderr
         assert "Traceback" not in done.stderr
@@ -242,9 +187,9 @@ def test_without_the_token_nothing_is_taken(head: tuple[str, dict[str, str], Pat
 
 @pytest.mark.ray
 @pytest.mark.long
-def test_a_job_from_submission_to_stop_and_resume(head: tuple[str, dict[str, str], Path], tmp_path: Path) -> None:
+def test_a_job_from_submission_to_stop_and_resume(head: Head, tmp_path: Path) -> None:
     """Stopped by `ray job stop` it ends with a checkpoint; what is resumed ends; a wrong one says why and exits so."""
-    address, environment, folder = head
+    address, environment, folder = head.dashboard, head.environment, head.folder
     long = [*TINY, "--train.epochs=500", "--storage", str(tmp_path), "--name", "first"]
     with subprocess.Popen(
         command(address, *long), env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -258,8 +203,8 @@ def test_a_job_from_submission_to_stop_and_resume(head: tuple[str, dict[str, str
 
         until(lambda: step() >= 15, 400, "the job did not start")
         stop = [f"{BIN}/ray", "job", "stop", "--no-wait", "--address", address, "first"]
-        subprocess.run(stop, env=environment, capture_output=True, timeout=120, check=True)
-        out, _ = following.communicate(timeout=300)
+        subprocess.run(stop, env=environment, capture_output=True, timeout=400, check=True)
+        out, _ = following.communicate(timeout=600)
     assert following.returncode == 1
     resume = f"raycon.cluster.submit --address {address} --resume {tmp_path}/first"
     assert out.count(resume) == 2  # when submitted, and when stopped

@@ -43,8 +43,10 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     import ray
 
+    from raycon.on_ray import here
+
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    here.start(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -199,6 +199,7 @@ def test_tasks_write_the_same_file(tmp_path: Path) -> None:
     import ray
     from PIL import Image
 
+    from raycon.on_ray import here
     from raycon.on_ray.tasks import in_order
 
     generator = np.random.default_rng(0)
@@ -208,7 +209,7 @@ def test_tasks_write_the_same_file(tmp_path: Path) -> None:
         )
     dataset = open_dataset("image-folder", tmp_path)
     write_beton(dataset, tmp_path / "here.beton")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    here.start(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         write_beton(dataset, tmp_path / "there.beton", fetch=lambda data, spans: in_order(pack, data, spans, workers=2))
         with pytest.raises(ValueError, match=r"1\.png: cannot be read"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from raycon.core import log
 from raycon.core.config import ScalingConfig
 from raycon.core.log import read_lines
 from raycon.recipes import recipe
@@ -76,6 +77,8 @@ def test_workers_without_a_place_say_what_is_missing(tmp_path: Path, monkeypatch
         looks.append(time.monotonic())
         return groups
 
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="head:1"))
+    monkeypatch.setattr(log, "reachable", lambda *_: True)
     monkeypatch.setattr(ray.util, "placement_group_table", table)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 6.0})
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.0})
@@ -97,3 +100,23 @@ def test_workers_without_a_place_say_what_is_missing(tmp_path: Path, monkeypatch
         assert waited() == said  # placed: nothing more to say
     (text, *_) = [r["text"] for r in read_lines(tmp_path / "metrics.jsonl")]
     assert "4 workers of 2 CPU each have no place; the cluster has 6 CPU (2 free)" in text
+
+
+def test_a_head_that_is_gone_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    def reachable(address: str, *_: float) -> bool:
+        looks.append(address)
+        return False
+
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="192.0.2.7:6379"))
+    monkeypatch.setattr(log, "reachable", reachable)
+    monkeypatch.setattr(placement, "HEAD_S", 0.0)
+    monkeypatch.setattr(placement, "LOOK_S", 0.01)
+    with placement.watched(recipe("quickstart"), tmp_path):
+        while len(looks) < 5:
+            time.sleep(0.01)
+    assert set(looks) == {"tcp://192.0.2.7:6379"}
+    (said,) = [r["text"] for r in read_lines(tmp_path / "metrics.jsonl")]
+    assert "the head of the cluster (192.0.2.7:6379) is gone" in said
+    assert f"--resume {tmp_path}" in said

@@ -47,7 +47,7 @@ def environment() -> dict[str, str]:
 
 def finished(folder: Path, *more: str, prefix: tuple[str, ...] = ()) -> str:
     done = subprocess.run(
-        [*prefix, *command(folder, *more)], capture_output=True, text=True, env=environment(), timeout=400, check=False
+        [*prefix, *command(folder, *more)], capture_output=True, text=True, env=environment(), timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -66,7 +66,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return (a / name).read_bytes() == (b / name).read_bytes() and bool(load_file(a / name))
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended early with {process.returncode}"
@@ -123,7 +123,7 @@ def test_a_killed_worker_costs_nothing_but_time(undisturbed: Path, tmp_path: Pat
     with subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, text=True) as process:
         wait_for(lambda: any(s >= 29 for s, _ in losses(folder)), process)
         os.kill(ranks_of(folder)[1], signal.SIGKILL)
-        process.communicate(timeout=400)
+        process.communicate(timeout=900)
     assert process.returncode == 0
     assert len(records(folder, "start")) == 2
     assert same_weights(folder, undisturbed)
@@ -142,7 +142,7 @@ def test_a_killed_job_is_resumed(undisturbed: Path, tmp_path: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGKILL)
     resume = [sys.executable, "-m", "raycon.pretrain", "--resume", str(folder)]
-    done = subprocess.run(resume, capture_output=True, text=True, env=environment(), timeout=400, check=False)
+    done = subprocess.run(resume, capture_output=True, text=True, env=environment(), timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert same_weights(folder, undisturbed)
     assert losses(folder) == losses(undisturbed)
@@ -153,7 +153,7 @@ def test_a_signal_ends_with_a_checkpoint(undisturbed: Path, tmp_path: Path) -> N
     with subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, text=True) as process:
         wait_for(lambda: any(s >= 12 for s, _ in losses(folder)), process)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=500)
     assert process.returncode == 0
     assert f"--resume {folder}" in out
     last = max(s for s, _ in losses(folder))
@@ -165,7 +165,7 @@ def test_a_signal_ends_with_a_checkpoint(undisturbed: Path, tmp_path: Path) -> N
 
 def test_more_workers_than_the_machine_has(tmp_path: Path) -> None:
     run = command(tmp_path / "run", "--scaling.workers=64", "--train.batch=128")
-    done = subprocess.run(run, capture_output=True, text=True, env=environment(), timeout=200, check=False)
+    done = subprocess.run(run, capture_output=True, text=True, env=environment(), timeout=500, check=False)
     assert done.returncode == 2
     assert "scaling.workers = 64 x 1 CPU" in done.stderr
     assert "free" in done.stderr

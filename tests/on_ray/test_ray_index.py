@@ -16,6 +16,7 @@ from raycon.index.local import LocalIndex
 from tests.helpers import free_port
 
 ray = pytest.importorskip("ray")
+from raycon.on_ray import here  # noqa: E402
 from raycon.on_ray.index import IndexSpec, RayIndex, start_index, stop_index  # noqa: E402
 
 pytestmark = pytest.mark.ray
@@ -46,7 +47,7 @@ def same(a: Snapshot, b: Snapshot) -> bool:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, namespace="raycon", log_to_driver=False)
+    here.start(num_cpus=2, include_dashboard=False, namespace="raycon", log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -114,7 +115,7 @@ def test_a_shard_killed_in_the_midst_of_k_means(spec: IndexSpec) -> None:
     call = index._coordinator.snapshot.remote(0, needs, None)
     ray.get(index._shards[0].ping.remote())  # answers while the shard works
     ray.kill(ray.get_actor(spec.shard_names[0], spec.namespace), no_restart=False)
-    ray.wait([call], timeout=60)
+    ray.wait([call], timeout=300)
     try:
         snapshot, _ = index.snapshot(0, needs)
     except MissingRows:
@@ -174,7 +175,7 @@ def test_two_ranks_agree(spec: IndexSpec) -> None:
     for forget in (True, False):
         workers, port = [Worker.remote() for _ in range(2)], free_port()
         calls = [w.run.remote(spec, x, rank, port, forget) for rank, w in enumerate(workers)]
-        texts, snapshots = zip(*ray.get(calls, timeout=60), strict=True)
+        texts, snapshots = zip(*ray.get(calls, timeout=300), strict=True)
         if forget:
             assert texts == ("1 of 1500 rows of version 0 are not in the index: add them again",) * 2
         else:

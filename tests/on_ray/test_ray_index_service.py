@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import urllib.request
@@ -19,7 +20,7 @@ from raycon.index.service import Saved
 from tests.helpers import free_port
 
 ray = pytest.importorskip("ray")
-from raycon.on_ray import meters  # noqa: E402
+from raycon.on_ray import here, meters  # noqa: E402
 from raycon.on_ray.index import IndexSpec, RayIndex, start_index, stop_index  # noqa: E402
 from tests.on_ray.test_ray_index import DIM, MINING, NEEDS, ROWS, features, local, same  # noqa: E402
 
@@ -38,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spec(port: int, folder: Path) -> Iterator[IndexSpec]:
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, namespace="raycon", log_to_driver=False,
+    here.start(
+        num_cpus=2, include_dashboard=False, namespace="raycon", log_to_driver=False,
         _metrics_export_port=port,
     )  # fmt: skip
     (folder / "rows-0-9.json").write_text("left by an earlier run")
@@ -55,7 +56,7 @@ def kill(spec: IndexSpec, number: int, wait: bool = True) -> None:
     """Kill a shard actor and wait for the process that takes its place, which has been handed nothing."""
     shard = ray.get_actor(spec.shard_names[number], spec.namespace)
     ray.kill(shard, no_restart=False)
-    while wait and ray.get(shard.call.remote("stamp"), timeout=120)[1] > 0:
+    while wait and ray.get(shard.call.remote("stamp"), timeout=300)[1] > 0:
         pass
 
 
@@ -162,9 +163,12 @@ def test_prometheus_hears_of_it(spec: IndexSpec, port: int) -> None:
         f'ray_{meters.CALL_SECONDS}_total{{.*method="steps"': None,
     }  # fmt: skip
     left, page = dict(wanted), ""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while left and time.monotonic() < end:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer,
+        ):
             page = answer.read().decode()
         for name, value in list(left.items()):
             numbers = [float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if re.match(name, line)]

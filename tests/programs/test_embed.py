@@ -176,7 +176,9 @@ def test_a_folder_of_images(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mon
 def test_tasks_of_a_cluster_make_the_same(encoder: Path, tmp_path: Path, capsys: Any) -> None:
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    from raycon.on_ray import here
+
+    here.start(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         command = [encoder, "digits", "--split", "test", "--part", "50", "--runtime", "ray", "--out", tmp_path / "o"]
         assert embed.main([*map(str, command), "--gpus", "3"]) == 2

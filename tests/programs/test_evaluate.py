@@ -138,10 +138,11 @@ def test_the_same_numbers_on_ray_and_a_crash_stays_alone(run_dir: Path, tmp_path
     import ray
 
     from raycon.on_ray import evaluate as on_ray
+    from raycon.on_ray import here
 
     subject = on_checkpoint.of_run(run_dir, run_dir / "checkpoints" / "last")
     tasks = evals.parse(["knn", "lowshot", "linear:pcl", "detection"])  # detection has no data: it fails, alone
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="raycon")
+    here.start(num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="raycon")
     try:
         ended: list[str] = []
         far = on_ray.run(subject, tasks, shards=2, done=lambda task, outcome: ended.append(task.name))

@@ -261,7 +261,9 @@ def test_help_is_light() -> None:
 @pytest.mark.ray
 def test_on_ray_the_same_files_and_numbers(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, namespace="raycon", log_to_driver=False)
+    from raycon.on_ray import here
+
+    here.start(num_cpus=2, include_dashboard=False, namespace="raycon", log_to_driver=False)
     capsys.readouterr()
     try:
         for ray_or_not in ((), ("--ray",)):
