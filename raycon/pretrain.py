@@ -222,7 +222,11 @@ def finish(config: RunConfig, run_dir: Path, seconds: float) -> int:
     stopped = (run_dir / STOP_FILE).exists()
     page = report.write(run_dir, gather=config.log.report == "full" and not stopped)  # who stops it does not wait
     try:
-        log.publish(config, run_dir)
+        if log.tracks(config):
+            from raycon.report import board
+
+            shown = board.read(run_dir)
+            log.publish(config, run_dir, shown.step, shown.pictures, shown.tables)
     except Exception as error:  # the run is over and whole; what a tracker could not take lies in the run directory
         logger.warning("wandb or TensorBoard: %s: %s", type(error).__name__, error)
     entry = on_checkpoint.last_entry(run_dir)

@@ -241,11 +241,13 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     wandb: Literal["online", "offline", "disabled"] = "disabled"
-    """online: offline where its server cannot be reached."""
+    """online: offline where its server cannot be reached or WANDB_MODE says so."""
     project: str = "raycon"
     """wandb project."""
     group: str = ""
-    """wandb group; a sweep puts its trials into one."""
+    """wandb group (default: the recipe); a sweep puts its trials into one."""
+    wandb_ranks: bool = False
+    """A wandb run for every rank (its times, its machine's load), grouped by the name of the run."""
     tensorboard: bool = False
     """Also write TensorBoard files, in the run directory."""
     every_steps: int = 10

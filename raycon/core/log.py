@@ -6,15 +6,18 @@ workers and a job on another machine look the same to a person.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import re
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from raycon.core.config import RunConfig, flatten, to_dict
 
@@ -26,9 +29,13 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
 
-    def picture(self, step: int, name: str, file: Path) -> None: ...
+    def picture(self, step: int, name: str, png: bytes) -> None: ...
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Cells are text, numbers, None, or PNG pictures (bytes)."""
+
+    def file(self, path: Path) -> None:
+        """Keep a file of the run directory."""
 
     def close(self) -> None: ...
 
@@ -39,17 +46,24 @@ class Trackers:
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers
 
+    def __bool__(self) -> bool:
+        return bool(self._trackers)
+
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         for tracker in self._trackers:
             tracker.log(step, values)
 
-    def picture(self, step: int, name: str, file: Path) -> None:
+    def picture(self, step: int, name: str, png: bytes) -> None:
         for tracker in self._trackers:
-            tracker.picture(step, name, file)
+            tracker.picture(step, name, png)
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         for tracker in self._trackers:
-            tracker.table(name, columns, rows)
+            tracker.table(step, name, columns, rows)
+
+    def file(self, path: Path) -> None:
+        for tracker in self._trackers:
+            tracker.file(path)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -64,43 +78,87 @@ class Wandb:
     """One wandb run per run directory: a resumed run goes on in it. Offline mode needs no network.
 
     ``log.wandb = online`` without a way to wandb's server works offline instead, with a warning: ``wandb sync`` sends
-    it later.
+    it later. ``rank`` above 0: a run of its own for that rank, in the same group (``log.wandb_ranks``).
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, rank: int = 0) -> None:
         import wandb
 
-        mode = config.log.wandb
-        if mode == "online" and not reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
-            mode = "offline"
-            logger.warning(
-                "wandb cannot be reached: logging offline; later: wandb sync %s/wandb/offline-run-*", run_dir
-            )
-        self._wandb = wandb
+        self._wandb, self._run_dir = wandb, run_dir
+        together = run_dir.name if config.log.wandb_ranks else config.recipe
+        identity, self._step = wandb_identity(run_dir, rank)
         self._run = wandb.init(
             project=config.log.project,
-            group=config.log.group or config.recipe or None,
-            job_type=config.method.name,
-            name=run_dir.name,
-            id=run_dir.name[-64:].replace("/", "-"),
+            group=config.log.group or together or None,
+            job_type="rank" if rank else config.method.name,
+            name=run_dir.name + (f"-rank{rank}" if rank else ""),
+            id=identity,
             resume="allow",
             dir=str(run_dir),
-            mode=mode,
+            mode=wandb_mode(config.log.wandb, run_dir),
             config=flatten(to_dict(config)),
             settings=wandb.Settings(silent=True),
         )
+        # Evaluations and what the report shows come after later steps: curves go by the run's own step.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log(numbers(values) | {"step": step})
+        self._log(step, numbers(values))
 
-    def picture(self, step: int, name: str, file: Path) -> None:
-        self._run.log({name: self._wandb.Image(str(file)), "step": step})
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        self._log(step, {name: self._image(png)})
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        data = [[self._image(cell) if isinstance(cell, bytes) else cell for cell in row] for row in rows]
+        self._log(step, {name: self._wandb.Table(columns=list(columns), data=data)})
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._step += 1
+        self._run.log({**values, "step": step}, step=self._step)
+
+    def _image(self, png: bytes) -> Any:
+        from PIL import Image
+
+        return self._wandb.Image(Image.open(io.BytesIO(png)))
+
+    def file(self, path: Path) -> None:
+        self._run.save(str(path), base_path=str(self._run_dir), policy="now")
 
     def close(self) -> None:
         self._run.finish()
+
+
+def wandb_mode(asked: Literal["online", "offline", "disabled"], run_dir: Path) -> Literal["online", "offline"]:
+    """online only where it is asked for, WANDB_MODE does not say otherwise, and the server answers."""
+    if asked == "online" and os.environ.get("WANDB_MODE", "online") == "online":
+        if reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+            return "online"
+        logger.warning("wandb cannot be reached: logging offline; later: wandb sync %s/wandb/offline-run-*", run_dir)
+    return "offline"
+
+
+def wandb_identity(run_dir: Path, rank: int = 0) -> tuple[str, int]:
+    """(id of the wandb run of a run directory and rank, how many calls it may have had before), kept in ``.wandb*.json``.
+
+    The id is the directory's name and a few random letters: two directories of one name (trials of two sweeps) are two
+    runs. wandb drops a call that is numbered below the last, and off the net it cannot say how many a run has had; so
+    each part of a resumed run begins above what the parts before it can have reached: a call per line of metrics.jsonl,
+    and some pictures and tables.
+    """
+    own = f"-rank{rank}" if rank else ""
+    file = run_dir / f".wandb{own}.json"
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    else:
+        name = re.sub(r"[^A-Za-z0-9_.=-]", "-", run_dir.name)[-64:]
+        kept = {"id": f"{name}{own}-{secrets.token_hex(3)}", "calls": 0}
+    before = int(kept["calls"])
+    lines = sum(1 for _ in read_lines(run_dir / "metrics.jsonl"))
+    temporary = file.with_suffix(".part")
+    temporary.write_text(json.dumps(kept | {"calls": before + lines + 100}), encoding="utf-8")
+    os.replace(temporary, file)
+    return str(kept["id"]), before + lines + 100
 
 
 class TensorBoard:
@@ -120,27 +178,38 @@ class TensorBoard:
         for name, value in numbers(values).items():
             self._writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, file: Path) -> None:
+    def picture(self, step: int, name: str, png: bytes) -> None:
         import numpy as np
         from PIL import Image
 
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(png)) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """As text, without columns of pictures (those come as pictures of their own)."""
+        shown = [i for i in range(len(columns)) if not any(isinstance(row[i], bytes) for row in rows)]
         lines = [columns, ["---"] * len(columns), *rows]
-        self._writer.add_text(name, "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), 0)
+        text = "\n".join(f"| {' | '.join(str(line[i]) for i in shown)} |" for line in lines)
+        self._writer.add_text(name, text, step)
+
+    def file(self, path: Path) -> None:
+        """TensorBoard keeps no files."""
 
     def close(self) -> None:
         self._writer.close()
 
 
-def open_tracker(config: RunConfig, run_dir: Path) -> Tracker:
-    """What the options log.wandb and log.tensorboard ask for."""
+def tracks(config: RunConfig) -> bool:
+    """Is there any tracker to be opened?"""
+    return config.log.wandb != "disabled" or config.log.tensorboard
+
+
+def open_tracker(config: RunConfig, run_dir: Path, rank: int = 0) -> Trackers:
+    """What the options log.wandb and log.tensorboard ask for; of ranks above 0 only what log.wandb_ranks does."""
     found: list[Tracker] = []
-    if config.log.wandb != "disabled":
-        found.append(Wandb(config, run_dir))
-    if config.log.tensorboard:
+    if config.log.wandb != "disabled" and (rank == 0 or config.log.wandb_ranks):
+        found.append(Wandb(config, run_dir, rank))
+    if config.log.tensorboard and rank == 0:
         found.append(TensorBoard(config, run_dir))
     return Trackers(*found)
 
@@ -157,20 +226,50 @@ def tracker_problems(config: RunConfig) -> list[str]:
     return found
 
 
-def publish(config: RunConfig, run_dir: Path) -> None:
-    """Give the trackers what came after training, or from other processes: evaluations, a table of them, pictures."""
+def publish(
+    config: RunConfig,
+    run_dir: Path,
+    step: int = 0,
+    pictures: Mapping[str, bytes] | None = None,
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] | None = None,
+) -> None:
+    """Give the trackers what came after training: late evaluations, a table of all, and what the report shows.
+
+    ``pictures`` (PNG) and ``tables`` (columns, rows) by name are of the checkpoint of ``step``.
+    """
+    if not tracks(config):
+        return
     tracker = open_tracker(config, run_dir)
-    found = [r for r in read_lines(run_dir / "metrics.jsonl") if r.get("kind") == "evaluation"]
-    for record in found:
+    try:
+        relay(run_dir, tracker)
+        found = [r for r in read_lines(run_dir / "metrics.jsonl") if r.get("kind") == "evaluation"]
+        if found:
+            names = list(dict.fromkeys(k for r in found for k in numbers(r) if "/" in k))
+            rows = [[r["step"], r.get("control", "checkpoint"), *(r.get(n) for n in names)] for r in found]
+            tracker.table(max(r["step"] for r in found), "evaluations", ["step", "of", *names], rows)
+        for name, (columns, lines) in (tables or {}).items():
+            tracker.table(step, name, columns, lines)
+        for name, png in (pictures or {}).items():
+            tracker.picture(step, name, png)
+        if (page := run_dir / "report.html").is_file():
+            tracker.file(page)
+    finally:
+        tracker.close()
+
+
+def relay(run_dir: Path, tracker: Tracker) -> None:
+    """Give a tracker the evaluations of the run that no tracker was given yet: other processes made them.
+
+    How many were given is kept in ``.relayed``.
+    """
+    file = run_dir / ".relayed"
+    every = [r for r in read_lines(run_dir / "metrics.jsonl") if r.get("kind") == "evaluation"]
+    given = int(file.read_text(encoding="utf-8")) if file.exists() else 0
+    for record in every[given:]:
         if "control" not in record:
             tracker.log(record["step"], {k: v for k, v in record.items() if "/" in k})
-    if found:
-        names = list(dict.fromkeys(k for r in found for k in numbers(r) if "/" in k))
-        rows = [[r["step"], r.get("control", "checkpoint"), *(r.get(n, "") for n in names)] for r in found]
-        tracker.table("evaluations", ["step", "of", *names], rows)
-    for file in sorted((run_dir / "pictures").glob("*.png")):
-        tracker.picture(0, file.stem, file)
-    tracker.close()
+    if len(every) != given:
+        file.write_text(str(len(every)), encoding="utf-8")
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -194,9 +293,9 @@ def reachable(address: str, seconds: float = 3.0) -> bool:
 class Metrics:
     """Appends one JSON object per line to metrics.jsonl; each has "kind" and "time", most have "step" and "epoch"."""
 
-    def __init__(self, file: Path, tracker: Tracker | None = None) -> None:
+    def __init__(self, file: Path, tracker: Trackers | None = None) -> None:
         self._file = file
-        self._tracker = tracker or NoTracker()
+        self._tracker = NoTracker() if tracker is None else tracker
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
@@ -205,7 +304,12 @@ class Metrics:
             self._tracker.log(step, values)
 
     def picture(self, step: int, file: Path) -> None:
-        self._tracker.picture(step, file.stem, file)
+        self._tracker.picture(step, file.stem, file.read_bytes())
+
+    def relay(self) -> None:
+        """Give the trackers the evaluations that other processes have finished meanwhile."""
+        if self._tracker:
+            relay(self._file.parent, self._tracker)
 
     def rewind(self, step: int) -> None:
         """Drop the training lines after ``step``: a resumed run makes them again, and no step appears twice."""
@@ -221,21 +325,23 @@ class Metrics:
 
 
 class NoMetrics(Metrics):
-    """What every rank but the first has."""
+    """What every rank but the first has. ``tracker`` is given where its time goes, where there is one (log.wandb_ranks)."""
 
-    def __init__(self) -> None:
-        pass
+    def __init__(self, tracker: Trackers | None = None) -> None:
+        self._tracker = NoTracker() if tracker is None else tracker
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        pass
+        if kind == "train":
+            own = ("time/", "images_per_s", "gpu_memory_gb")
+            self._tracker.log(step, {k: v for k, v in values.items() if k.startswith(own)})
 
     def picture(self, step: int, file: Path) -> None:
         pass
 
-    def rewind(self, step: int) -> None:
+    def relay(self) -> None:
         pass
 
-    def close(self) -> None:
+    def rewind(self, step: int) -> None:
         pass
 
 

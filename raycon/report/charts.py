@@ -17,8 +17,8 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 420, 236
 """Of the viewBox: about its size on the page, so that text keeps its size."""
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 34
-COLOURS = 6
-"""Colours in the style sheet (c0 to c5); more series repeat them dashed."""
+COLOURS = 8
+"""Colours in the style sheet (c0 to c7); more series repeat them dashed."""
 _MOST_POINTS = 400
 
 
@@ -68,7 +68,10 @@ def line_chart(
 
 
 def stacked_chart(title: str, series: Sequence[Series], x_label: str, y_label: str = "") -> str:
-    """Areas on top of each other; every series must have the same x in the same order, values >= 0."""
+    """Areas on top of each other; every series must have the same x in the same order, values >= 0.
+
+    A few peaks (a pause, a first step) are cut off where they would flatten the rest; hovering still tells them.
+    """
     series = [s for s in series if s.points]
     if not series:
         return ""
@@ -82,9 +85,16 @@ def stacked_chart(title: str, series: Sequence[Series], x_label: str, y_label: s
         top = [b + max(y, 0.0) for b, (_, y) in zip(base, s.points, strict=True)]
         layers.append((base, top))
         base = top
-    axis = _Axis(0.0, max(base), False)
+    usual = sorted(base)[int(0.95 * (len(base) - 1))]
+    cut = max(base) > 3 * usual > 0
+    axis = _Axis(0.0, 1.25 * usual if cut else max(base), False)
     to_xy = _placing(x_range, axis)
     body = [_frame(x_range, axis, x_label, y_label)]
+    if cut:
+        above = sum(y > axis.high for y in base)
+        words = f"{above} peak{'s' if above > 1 else ''} cut, up to {number(max(base))}"
+        body.append(f'<text x="{WIDTH - RIGHT}" y="{TOP + 2}" text-anchor="end">{escape(words)}</text>')
+        layers = [([min(y, axis.high) for y in low], [min(y, axis.high) for y in high]) for low, high in layers]
     for i, (low, high) in enumerate(layers):
         edge = [to_xy(p) for p in zip(xs, high, strict=True)] + [
             to_xy(p) for p in zip(xs[::-1], low[::-1], strict=True)
@@ -94,6 +104,33 @@ def stacked_chart(title: str, series: Sequence[Series], x_label: str, y_label: s
     axes = {"lin": [axis.low, axis.high]}
     drawing = _svg(title, kept, "".join(body), "lin", True)
     return _figure(title, [drawing], kept, {"x": x_range, "axes": axes, "stacked": True}, x_label, False)
+
+
+def split_bar(title: str, parts: Sequence[tuple[str, float]]) -> str:
+    """One bar of parts (name, seconds), with their shares in words below it; "" when all are 0."""
+    whole = sum(max(seconds, 0.0) for _, seconds in parts)
+    if whole <= 0:
+        return ""
+    pieces, words = [], []
+    for i, (name, seconds) in enumerate(parts):
+        share = max(seconds, 0.0) / whole
+        told = f"{name}: {_time(seconds)}, {share:.0%}"
+        pieces.append(f'<i class="{_colour(i)}" style="flex:{share:.4f}" title="{escape(told, quote=True)}"></i>')
+        words.append(
+            f'<li><i class="key {_colour(i)}"></i><span>{escape(name)}</span><b>{_time(seconds)}</b><b>{share:.0%}</b></li>'
+        )
+    label = f"{title}: " + "; ".join(f"{name} {_time(seconds)}" for name, seconds in parts)
+    return (
+        f'<figure class="chart split"><figcaption><span>{escape(title)}</span><span class="soft">{_time(whole)}</span>'
+        f'</figcaption><div class="pieces" role="img" aria-label="{escape(label, quote=True)}">{"".join(pieces)}</div>'
+        f'<ul class="shares">{"".join(words)}</ul></figure>'
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 0.9995:
+        return f"{seconds:,.1f} s"
+    return f"{1000 * seconds:.3g} ms"
 
 
 def histogram(title: str, counts: Sequence[tuple[int, int]], x_label: str, y_label: str, bins: int = 24) -> str:
@@ -201,10 +238,13 @@ def _placing(x_range: Point, axis: _Axis) -> Callable[[Point], Point]:
 def _frame(x_range: Point, axis: _Axis, x_label: str, y_label: str) -> str:
     to_xy = _placing(x_range, axis)
     parts = []
-    for tick in axis.ticks:
+    labels = [number(tick) for tick in axis.ticks]
+    if len(set(labels)) < len(labels):  # a narrow range far from 0
+        labels = [f"{tick:.7g}" for tick in axis.ticks]
+    for tick, label in zip(axis.ticks, labels, strict=True):
         _, y = to_xy((x_range[0], tick))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
     bottom = HEIGHT - BOTTOM
     for tick in ticks(*x_range) if x_range[1] > x_range[0] else [x_range[0]]:
         x = LEFT + (tick - x_range[0]) / ((x_range[1] - x_range[0]) or 1.0) * (WIDTH - LEFT - RIGHT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 from urllib.parse import quote
 
 from raycon.core.config import flatten
-from raycon.report import page
+from raycon.report import curves, page, panel_file, source
 from raycon.report.charts import Series, line_chart, number
-from raycon.report.page import Run
+from raycon.report.source import Run
 
 _SKIPPED = ("run.", "data.root", "data.cache", "log.")
 """Options that say where, not what."""
 _CURVES = 12
+_MAPS = 12
+"""Runs whose map is shown."""
 
 
 def compare(run_dirs: Sequence[Path], file: Path) -> Path:
@@ -32,7 +35,7 @@ def compare(run_dirs: Sequence[Path], file: Path) -> Path:
         raise ValueError("a comparison needs two runs or more")
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    runs = [page.read(folder) for folder in folders]
+    runs = [source.read(folder) for folder in folders]
     return page.write_page(file, render(runs, file.parent.resolve()))
 
 
@@ -43,8 +46,10 @@ def render(runs: Sequence[Run], beside: Path) -> str:
         ("numbers", "Numbers", _numbers(runs, names)),
         ("curves", "Curves", _curves(runs, names)),
         ("history", "Evaluations over the runs", _history(runs, names)),
+        ("maps", "Maps of the embeddings", _maps(runs, names)),
         ("runs", "The runs", _listed(runs, names, beside)),
     ]
+    sections = [section for section in sections if section[2]]
     notes = "".join(
         f'<p class="box note warn">{escape(name)}: {escape(note)}</p>'
         for run, name in zip(runs, names, strict=True)
@@ -114,11 +119,13 @@ def last_numbers(run: Run) -> dict[str, float]:
     found: dict[str, float] = {}
     for entry in run.evaluations:
         if not entry.get("control"):
-            found |= {k: v for k, v in entry["results"].items() if page.is_number(v) and not k.endswith("/failed")}
+            found |= {k: v for k, v in entry["results"].items() if source.is_number(v) and not k.endswith("/failed")}
     if run.train:
         last: Mapping[str, Any] = run.train[-1]
         found |= {
-            k: last[k] for k in ("loss", "health/effective_rank", "images_per_s", "step") if page.is_number(last.get(k))
+            k: last[k]
+            for k in ("loss", "health/effective_rank", "images_per_s", "step")
+            if source.is_number(last.get(k))
         }
     return found
 
@@ -126,10 +133,10 @@ def last_numbers(run: Run) -> dict[str, float]:
 def _numbers(runs: Sequence[Run], names: Sequence[str]) -> str:
     values = [last_numbers(run) for run in runs]
     measures = list(dict.fromkeys(name for found in values for name in found))
-    measures.sort(key=lambda name: not page.higher_is_better(name))
+    measures.sort(key=lambda name: not source.higher_is_better(name))
     if not measures:
         return '<p class="soft">No numbers yet.</p>'
-    best = {m: max(v[m] for v in values if m in v) for m in measures if page.higher_is_better(m)}
+    best = {m: max(v[m] for v in values if m in v) for m in measures if source.higher_is_better(m)}
     head = '<th><button type="button">run</button></th>' + "".join(
         f'<th class="n"><button type="button">{escape(m)}</button></th>' for m in measures
     )
@@ -152,31 +159,54 @@ def _numbers(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
-    every = list(dict.fromkeys(n for run in runs for n in page.scalar_names(run.train)))
+    every = list(dict.fromkeys(n for run in runs for n in source.scalar_names(run.train)))
     first = [
         n for n in ("loss", "lr", "health/effective_rank", "health/std", "images_per_s", "gradient_norm") if n in every
     ]
     wanted = (first + [n for n in every if n.startswith(("loss/", "accuracy/")) and n not in first])[:_CURVES]
     charts = [
         line_chart(
-            n,
-            [Series(name, page.points(run.train, n)) for run, name in zip(runs, names, strict=True)],
+            "learning rate" if n == "lr" else curves.TITLES.get(n, n),
+            [Series(name, source.points(run.train, n)) for run, name in zip(runs, names, strict=True)],
             "step",
             smooth=True,
         )
         for n in wanted
     ]
-    return page.grid(charts, "No curves yet.")
+    return curves.grid(charts, "No curves yet.")
 
 
 def _history(runs: Sequence[Run], names: Sequence[str]) -> str:
     own = [[{"step": e.get("step"), **e["results"]} for e in run.evaluations if not e.get("control")] for run in runs]
-    measures = list(dict.fromkeys(m for lines in own for m in page.scalar_names(lines) if page.higher_is_better(m)))
+    measures = list(dict.fromkeys(m for lines in own for m in source.scalar_names(lines) if source.higher_is_better(m)))
     charts = [
-        line_chart(m, [Series(name, page.points(lines, m)) for lines, name in zip(own, names, strict=True)], "step")
+        line_chart(m, [Series(name, source.points(lines, m)) for lines, name in zip(own, names, strict=True)], "step")
         for m in measures[:_CURVES]
     ]
-    return page.grid(charts, "No evaluations yet.")
+    return curves.grid(charts, "No evaluations yet.")
+
+
+def _maps(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """The maps that the runs' reports have, side by side; "" when fewer than two have one."""
+    from raycon.report import board
+
+    drawn = []
+    for run, name in zip(runs[:_MAPS], names[:_MAPS], strict=True):
+        file = run.folder / panel_file.FILE
+        if not file.exists():
+            continue
+        try:
+            found = panel_file.load(file)
+        except ValueError as error:
+            run.notes.append(str(error))
+            continue
+        if (png := board.map_picture(found)) is not None:
+            caption = escape(f"{name}, step {found.about['step']:,}", quote=True)
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            drawn.append(
+                f'<figure class="box paper"><figcaption>{caption}</figcaption><img alt="Map of {caption}" src="{source}"></figure>'
+            )
+    return f'<div class="maps">{"".join(drawn)}</div>' if len(drawn) > 1 else ""
 
 
 def _listed(runs: Sequence[Run], names: Sequence[str], beside: Path) -> str:

@@ -214,7 +214,7 @@ def _positives(panels: Panels, sheet: Sheet) -> str:
         for a, anchor in enumerate(arrays["positive_anchor"].tolist()):
             weight = arrays["positive_weight"][a]
             shown = "".join(
-                f'<span class="weighed">{sheet.tag(int(t), f"weight {w:.2%}", _frame(sheet, panels, anchor, int(t)))}'
+                f'<span class="weighed">{sheet.tag(int(t), f"weight {w:.2%}", frame(panels, anchor, int(t)))}'
                 f'<b class="bar" style="--p:{min(1.0, float(w) / max(float(weight[0]), 1e-12)):.3f}"></b></span>'
                 for t, w in zip(arrays["positive_tile"][a], weight, strict=True)
                 if t >= 0
@@ -239,8 +239,8 @@ def _positives(panels: Panels, sheet: Sheet) -> str:
     return f'<div class="box">{"".join(parts)}</div>' if parts else ""
 
 
-def _frame(sheet: Sheet, panels: Panels, anchor: int, tile: int) -> str:
-    """Whether two pictures are of one class, as a CSS class; "" where one has none."""
+def frame(panels: Panels, anchor: int, tile: int) -> str:
+    """ "right" or "wrong": whether two pictures are of one class, as a CSS class; "" where one has none."""
     label = panels.arrays["tile_label"]
     if tile < 0 or label[anchor] < 0 or label[tile] < 0:
         return ""
@@ -252,9 +252,7 @@ def _strips(panels: Panels, sheet: Sheet, name: str, more: Callable[[int, int], 
     anchors, tiles = panels.arrays[f"{name}_anchor"], panels.arrays[f"{name}_tile"]
     rows = []
     for a, anchor in enumerate(anchors.tolist()):
-        shown = "".join(
-            sheet.tag(int(t), more(a, j), _frame(sheet, panels, anchor, int(t))) for j, t in enumerate(tiles[a])
-        )
+        shown = "".join(sheet.tag(int(t), more(a, j), frame(panels, anchor, int(t))) for j, t in enumerate(tiles[a]))
         rows.append(
             f'<div class="strip"><div class="tiles">{sheet.tag(anchor, "", "anchor")}<span class="arrow">→</span>{shown}'
             "</div></div>"

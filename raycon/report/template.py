@@ -4,11 +4,11 @@ STYLE = """
 :root { color-scheme: light dark;
   --back: #f6f7f9; --card: #ffffff; --text: #1c2430; --soft: #5b6675; --line: #dfe3e9; --grid: #e9ecf1;
   --accent: #2456b8; --bad: #b3261e; --good: #17723a; --code: #f1f3f6;
-  --c0: #2563c9; --c1: #c2410c; --c2: #15803d; --c3: #7e3fb5; --c4: #b0195e; --c5: #0e7490; }
+  --c0: #2563c9; --c1: #c2410c; --c2: #15803d; --c3: #7e3fb5; --c4: #b0195e; --c5: #0e7490; --c6: #a16207; --c7: #6b7280; }
 @media (prefers-color-scheme: dark) { :root {
   --back: #12151a; --card: #1b2027; --text: #e6eaf0; --soft: #9aa6b5; --line: #313945; --grid: #29303a;
   --accent: #84b0ff; --bad: #ff9a90; --good: #6cd697; --code: #14181e;
-  --c0: #6ea8ff; --c1: #ff9a5c; --c2: #5fd38a; --c3: #c79bff; --c4: #ff86b8; --c5: #55cfe6; } }
+  --c0: #6ea8ff; --c1: #ff9a5c; --c2: #5fd38a; --c3: #c79bff; --c4: #ff86b8; --c5: #55cfe6; --c6: #e6c04b; --c7: #a7b0bd; } }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
@@ -45,9 +45,14 @@ svg .name { font-size: 11.5px; }
 .dot { fill: var(--c); } .area { fill: var(--c); opacity: .78; } .bar { fill: var(--c); }
 .bar:hover { opacity: .7; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); } .c4 { --c: var(--c4); }
-.c5 { --c: var(--c5); }
+.c5 { --c: var(--c5); } .c6 { --c: var(--c6); } .c7 { --c: var(--c7); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 1px 14px; margin: 4px 0 0 4px; padding: 0;
   font-size: 12.5px; color: var(--soft); }
+.pieces { display: flex; height: 26px; gap: 1px; margin: 12px 4px 10px; border-radius: 5px; overflow: hidden; }
+.pieces i { background: var(--c); min-width: 1px; } .pieces i:hover { opacity: .7; }
+.shares { list-style: none; margin: 0 4px; padding: 0; font-size: 13px; font-variant-numeric: tabular-nums; }
+.shares li { display: grid; grid-template-columns: auto 1fr 5.5em 3.2em; border-top: 1px solid var(--grid); padding: 2px 0;
+  align-items: baseline; } .shares b { text-align: right; font-weight: 500; } .shares .key { margin-right: 8px; }
 .key { display: inline-block; width: 14px; height: 0; border-top: 3px solid var(--c); margin: 0 5px 3px 0; }
 .key.again { border-top-style: dashed; }
 .tip { position: absolute; pointer-events: none; background: var(--card); border: 1px solid var(--line); z-index: 2;
@@ -56,7 +61,7 @@ svg .name { font-size: 11.5px; }
 button { font: inherit; font-size: 12.5px; color: var(--soft); background: none; border: 1px solid var(--line);
   border-radius: 5px; padding: 1px 8px; cursor: pointer; white-space: nowrap; flex: none; }
 button:hover, button[aria-pressed=true] { color: var(--accent); border-color: var(--accent); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .box + .charts { margin-top: 12px; }
 .box { padding: 4px 12px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 16px 5px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
@@ -70,13 +75,14 @@ th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=desce
 .failed, .bad { color: var(--bad); }
 .note { border-left: 4px solid var(--accent); }
 .note.warn { border-left-color: var(--bad); }
-.settings { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
-  align-items: start; }
+.settings { columns: 340px; column-gap: 12px; } .settings > * { break-inside: avoid; margin-bottom: 12px; }
 .settings table { width: 100%; } .settings td:first-child { color: var(--soft); width: 56%; font-size: 13px; }
 details.box { padding: 0 12px; } #events { margin-top: 12px; } summary { cursor: pointer; padding: 7px 0; font-weight: 600; }
 details[open] { padding-bottom: 8px; }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; margin: 6px 0;
   white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
+.maps { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
+.paper { padding: 8px 12px 12px; } .paper img { display: block; width: 100%; border-radius: 4px; }
 .pictures { display: grid; gap: 12px; }
 .pictures figure { padding: 10px 12px; } .pictures img { display: block; max-width: 100%; margin-top: 6px;
   image-rendering: pixelated; }

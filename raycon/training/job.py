@@ -149,9 +149,8 @@ def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: 
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.train.tf32
         torch.backends.cudnn.benchmark = True
-    metrics: Metrics = NoMetrics()
-    if runtime.rank == 0:
-        metrics = Metrics(run_dir / "metrics.jsonl", open_tracker(config, run_dir))
+    tracker = open_tracker(config, run_dir, runtime.rank)
+    metrics = Metrics(run_dir / "metrics.jsonl", tracker) if runtime.rank == 0 else NoMetrics(tracker)
     dataset = open_data(config)
     facts = facts_of(config, dataset, runtime.world)
     loader = open_loader(config, dataset, loader_plan(config, dataset, run_dir, device, runtime.world, runtime.rank))

@@ -136,6 +136,7 @@ def train(
                     saved = checkpoint.save(run_dir / "checkpoints", method, optimizer, snapshot, state, mining.coming)
                     checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep, lambda s: evaluated(run_dir, s))
                 runtime.report({"step": step, "epoch": epoch, "loss": float(output.loss.detach())}, saved, evaluate)
+                metrics.relay()
                 if evaluate:
                     metrics.write("state", step, epoch=epoch, evaluating=step)
                 if saving:

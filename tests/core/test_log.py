@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +74,158 @@ def test_lines_a_person_can_read(record: dict[str, Any], words: list[str]) -> No
         assert word in log.summary(record)
 
 
+def wandb_records(run_dir: Path) -> list[Any]:
+    """The records of a run directory's offline wandb runs, oldest first; waits until wandb has written the last of each."""
+    deadline = time.monotonic() + 120
+    found: list[Any] = []
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        while not (records := read_wandb(file)) or records[-1].WhichOneof("record_type") != "exit":
+            assert time.monotonic() < deadline, f"{file} has no end"
+            time.sleep(0.05)
+        found += records
+    return found
+
+
+def read_wandb(file: Path) -> list[Any]:
+    """The whole records of a .wandb file (LevelDB's log format)."""
+    import struct
+
+    from wandb.proto import wandb_internal_pb2
+
+    found: list[Any] = []
+    data, at, parts = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4) and at <= len(data):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            found.append(record)
+            parts = b""
+    return found
+
+
+def wandb_history(run_dir: Path) -> list[dict[str, Any]]:
+    """What was logged, an item per call."""
+    calls = [r.history for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "history"]
+    found: list[dict[str, Any]] = []
+    for call in calls:
+        found.append({})
+        for item in call.item:
+            *outer, last = item.nested_key or [item.key]
+            place = found[-1]
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = json.loads(item.value_json)
+    return found
+
+
 @pytest.mark.slow
-def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_numbers_pictures_and_tables_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from PIL import Image
+
     wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for name in ("WANDB_DIR", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_RUN_GROUP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     config = recipe("quickstart")
-    config = __import__("dataclasses").replace(config, log=log_config("offline"))
+    config = dataclasses.replace(config, log=dataclasses.replace(log_config("offline"), wandb_ranks=True))
     run_dir = tmp_path / "run-1"
     run_dir.mkdir()
-    tracker = log.Wandb(config, run_dir)
-    metrics = log.Metrics(run_dir / "metrics.jsonl", tracker)
-    metrics.write("train", 1, loss=1.0, text="not a number")
+    log.append_line(run_dir / "metrics.jsonl", {"kind": "evaluation", "step": 4, "knn/top1_k1": 91.25})
+    metrics = log.Metrics(run_dir / "metrics.jsonl", log.open_tracker(config, run_dir))
+    metrics.write("train", 10, loss=1.0, text="not a number")
+    metrics.relay()
+    metrics.relay()
     metrics.close()
-    (offline,) = (run_dir / "wandb").glob("offline-run-*")
-    assert list(offline.glob("*.wandb"))
+    log.append_line(run_dir / "metrics.jsonl", {"kind": "evaluation", "step": 9, "knn/top1_k1": 92.5})
+    picture = io.BytesIO()
+    Image.new("RGB", (5, 7), "#123456").save(picture, "PNG")
+    (run_dir / "report.html").write_text("the page")
+    table = (["n", "shown"], [[1, picture.getvalue()], [2, picture.getvalue()]])
+    log.publish(config, run_dir, 9, {"report/map": picture.getvalue()}, {"report/clusters": table})
     assert wandb.run is None
+
+    history = wandb_history(run_dir)
+    assert [h["loss"] for h in history if "loss" in h] == [1.0]
+    assert "not a number" not in str(history)
+    assert sorted(calls := [h["_step"] for h in history]) == calls
+    assert len(set(calls)) == len(calls)
+    # Each evaluation once, live or late, at its own step.
+    assert [(h["step"], h["knn/top1_k1"]) for h in history if "knn/top1_k1" in h] == [(4, 91.25), (9, 92.5)]
+    logged = {k: v for h in history for k, v in h.items() if isinstance(v, dict) and "_type" in v}
+    assert {k: v["_type"] for k, v in logged.items()} == {
+        "evaluations": "table-file",
+        "report/clusters": "table-file",
+        "report/map": "image-file",
+    }
+    (folder,) = (f for f in run_dir.glob("wandb/offline-run-*/files") if (f / "media").is_dir())
+    with Image.open(folder / logged["report/map"]["path"]) as image:
+        assert (image.size, image.getpixel((2, 3))) == ((5, 7), (0x12, 0x34, 0x56))
+    artifacts = [r.artifact for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "artifact"]
+    kept = {c.path: Path(c.local_path) for c in next(a for a in artifacts if "clusters" in a.name).manifest.contents}
+    lines = json.loads(kept["report/clusters.table.json"].read_text())
+    assert (lines["columns"], [line[0] for line in lines["data"]]) == (["n", "shown"], [1, 2])
+    assert all(kept[line[1]["path"]].read_bytes()[:4] == b"\x89PNG" for line in lines["data"])
+    assert json.loads((folder / logged["evaluations"]["path"]).read_text())["data"] == [
+        [4, "checkpoint", 91.25],
+        [9, "checkpoint", 92.5],
+    ]
+    assert (folder / "report.html").read_text() == "the page"
+    runs = [r.run for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "run"]
+    assert len({r.run_id for r in runs}) == 1  # it goes on in the same run
+    assert runs[0].run_id.startswith("run-1-")
+    assert {r.run_group for r in runs} == {"run-1"}
+    options = {i.key: json.loads(i.value_json) for i in runs[0].config.update}
+    assert options["method.temperature"] == config.method.temperature  # type: ignore[attr-defined]
+
+    # A rank gives its times, in a run of its own of the same group.
+    before = len(wandb_history(run_dir))
+    rank = log.NoMetrics(log.open_tracker(config, run_dir, rank=1))
+    rank.write("train", 10, loss=1.0, **{"time/data": 0.25})
+    rank.write("event", 10, text="no")
+    rank.close()
+    assert [{k: v for k, v in h.items() if not k.startswith("_")} for h in wandb_history(run_dir)[before:]] == [
+        {"time/data": 0.25, "step": 10}
+    ]
+    last = [r.run for r in wandb_records(run_dir) if r.WhichOneof("record_type") == "run"][-1]
+    assert (last.run_group, last.job_type, last.run_id) == ("run-1", "rank", log.wandb_identity(run_dir, 1)[0])
+    assert not log.open_tracker(dataclasses.replace(config, log=log_config("offline")), run_dir, rank=1)
+
+
+def test_wandb_is_offline_off_the_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(log, "reachable", lambda address: False)
+    assert log.wandb_mode("online", tmp_path) == "offline"
+    monkeypatch.setattr(log, "reachable", lambda address: True)
+    assert log.wandb_mode("online", tmp_path) == "online"
+    assert log.wandb_mode("offline", tmp_path) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert log.wandb_mode("online", tmp_path) == "offline"
+
+
+def test_run_directories_of_one_name_are_two_wandb_runs(tmp_path: Path) -> None:
+    one, other = tmp_path / "a" / "trial 1", tmp_path / "b" / "trial 1"
+    for folder in (one, other):
+        folder.mkdir(parents=True)
+    identity, calls = log.wandb_identity(one)
+    assert re.fullmatch("trial-1-[0-9a-f]{6}", identity)
+    for _ in range(7):
+        log.append_line(one / "metrics.jsonl", {"kind": "train"})
+    # Parts of one run are numbered on, also when a resume has dropped lines.
+    again, second = log.wandb_identity(one)
+    (one / "metrics.jsonl").unlink()
+    third = log.wandb_identity(one)
+    assert (again, third[0]) == (identity, identity)
+    assert calls + 7 < second < third[1]
+    assert log.wandb_identity(other)[0] != identity
+    assert re.fullmatch("trial-1-rank3-[0-9a-f]{6}", log.wandb_identity(one, 3)[0])
 
 
 def log_config(mode: str) -> Any:
@@ -188,12 +328,13 @@ def test_tensorboard_files_hold_numbers_and_evaluations(tmp_path: Path) -> None:
     metrics.write("train", 1, loss=1.0, text="no number")
     metrics.close()
     log.append_line(tmp_path / "metrics.jsonl", {"kind": "evaluation", "step": 1, "knn/top1_k1": 91.25})
-    log.publish(config, tmp_path)
+    log.publish(config, tmp_path, 1, {}, {"of pictures": (["n", "shown"], [[7, b"png"]])})
     data = b"".join(f.read_bytes() for f in sorted((tmp_path / "tensorboard").glob("events*")))
     assert b"loss" in data
     assert b"knn/top1_k1" in data
     assert b"method.temperature" in data
     assert b"| 1 | checkpoint | 91.25 |" in data
+    assert b"| 7 |" in data  # without its column of pictures
 
 
 def test_trackers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

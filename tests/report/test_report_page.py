@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import torch
 from raycon import report
 from raycon.core.config import RunConfig, save_yaml
 from raycon.nn import pictures
-from raycon.report import comparison, page
+from raycon.report import charts, comparison, curves, page
 from raycon.report.__main__ import main
 
 SECTIONS = {
@@ -84,11 +85,14 @@ def run_dir(tmp_path: Path) -> Path:
             {"kind": "train", "step": step, "epoch": (step - 1) // 25, "steps": 100, "epochs": 4, "time": 1e9 + step}
             | {"loss": 9.0 / step, "loss/instance": 5.0 / step, "loss/prototype": 4.0 / step, "lr": 0.1}
             | {"health/std": 0.5, "health/effective_rank": 10.0, "images_per_s": 100.0, "accuracy": 3.0}
-            | {"time/step": 0.2, "time/data": 0.1}
+            | {"time/step": 0.2, "time/data": 0.1, "time/mining": 0.05, "mining/version": 1}
+            | {"ranks/slowest": int(step % 4 == 0), "ranks/slowest_s": 0.2, "ranks/median_s": 0.1}
         )
     lines.append({"kind": "train", "step": 50, "epoch": 1, "loss": math.nan})  # a step made again after a resume
-    lines.append({"kind": "snapshot", "step": 25, "epoch": 1, "version": 1, "seconds": 2.0, "embed_seconds": 1.0}
-                 | {"clusters/0/sizes_histogram": [[1, 2], [7, 3]], "index/0/used": 5})  # fmt: skip
+    for step, used, largest in ((25, 5, 7), (50, 4, 9)):
+        lines.append({"kind": "snapshot", "step": step, "epoch": step // 25, "version": step // 25, "seconds": 2.0}
+                     | {"embed_seconds": 0.5, "index/kmeans_seconds": 1.0, "index/0/used": used, "index/0/empty": 0}
+                     | {"clusters/0/sizes_histogram": [[1, 2], [largest, 3]]})  # fmt: skip
     lines.append({"kind": "event", "step": 30, "text": EVIL})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
     evaluations = [
@@ -128,17 +132,50 @@ def test_whole_page(run_dir: Path) -> None:
 
 
 def test_charts_hold_the_numbers(run_dir: Path) -> None:
-    charts = Page(report.write(run_dir).read_text(encoding="utf-8")).charts()
-    loss = charts["loss"]["series"][0]["at"]  # type: ignore[index]
+    drawn = Page(report.write(run_dir).read_text(encoding="utf-8")).charts()
+    loss = drawn["loss"]["series"][0]["at"]  # type: ignore[index]
     assert [x for x, _ in loss] == [s for s in range(1, 101) if s != 50]  # the step made again has no finite loss
     assert dict(map(tuple, loss))[90] == pytest.approx(0.1)
-    assert set(charts["loss"]["axes"]) == {"lin", "log"}  # type: ignore[call-overload]
-    assert [s["name"] for s in charts["parts of the loss"]["series"]] == ["instance", "prototype"]  # type: ignore[attr-defined]
-    split = {s["name"]: s["at"][0][1] for s in charts["time of a step"]["series"]}  # type: ignore[attr-defined]
+    assert set(drawn["loss"]["axes"]) == {"lin", "log"}  # type: ignore[call-overload]
+    assert [s["name"] for s in drawn["parts of the loss"]["series"]] == ["instance", "prototype"]  # type: ignore[attr-defined]
+    split = {s["name"]: s["at"][0][1] for s in drawn["time of a step"]["series"]}  # type: ignore[attr-defined]
     assert split == {"waiting for data": 100.0, "the rest of the step": 100.0}
-    sizes = {s["name"]: s["at"] for s in charts["clustering 0: 5 clusters, sizes over the run"]["series"]}  # type: ignore[attr-defined]
-    assert sizes == {"largest": [[25, 7]], "largest tenth": [[25, 7]], "median": [[25, 7]], "smallest": [[25, 1]]}
-    assert {"accuracy", "lr", "used", "knn: accuracy", "effective rank of the features"} <= set(charts)
+    sizes = {s["name"]: s["at"] for s in drawn["clustering 0: sizes over the run"]["series"]}  # type: ignore[attr-defined]
+    assert sizes["largest"] == sizes["largest tenth"] == sizes["median"] == [[25, 7], [50, 9]]
+    assert sizes["smallest"] == [[25, 1], [50, 1]]
+    mined = {s["name"]: s["at"][0][1] for s in drawn["time of a snapshot"]["series"]}  # type: ignore[attr-defined]
+    assert mined == {"embedding": 0.5, "k-means": 1.0, "sending and waiting": 0.5}
+    ranks = {s["name"]: s["at"][0][1] for s in drawn["time to a batch (slowest: rank 0, 75%)"]["series"]}  # type: ignore[attr-defined]
+    assert ranks == {"slowest rank": 200.0, "median rank": 100.0}
+    wanted = {"accuracy", "learning rate", "used", "knn: accuracy", "effective rank of the features"}
+    assert wanted <= set(drawn)
+    # Names, versions and what never changes are no curves.
+    assert not {"mining/version", "ranks/slowest", "empty"} & set(drawn)
+
+
+def test_shares_of_a_step_and_the_last_snapshot_in_words(run_dir: Path) -> None:
+    read = Page(report.write(run_dir).read_text(encoding="utf-8"))
+    bars = [a["aria-label"] for t, a in read.tags if t == "div" and a.get("class") == "pieces"]
+    assert (
+        "where the time goes, per step: waiting for data 100 ms; the rest of the step 100 ms; mining, per step 50 ms"
+        in bars
+    )
+    assert "time of the last snapshot: embedding 500 ms; k-means 1.0 s; sending and waiting 500 ms" in bars
+    words = " ".join(" ".join(read.words).split())
+    assert "mining, per step 50 ms 20%" in words
+    assert "The last of 2 snapshots, at step 50, which took 2.0 s." in words
+    assert "clustering median size used empty 0 9 4 0" in words
+
+
+def test_a_peak_does_not_flatten_the_rest() -> None:
+    at = [(float(i), 1000.0 if i == 7 else 10.0) for i in range(100)]
+    drawn = charts.stacked_chart("t", [charts.Series("a", at), charts.Series("b", [(x, 5.0) for x, _ in at])], "step")
+    assert "1 peak cut, up to 1005" in drawn
+    data = json.loads(html.unescape(re.findall('data-chart="([^"]*)"', drawn)[0]))
+    assert 15 < data["axes"]["lin"][1] < 30
+    assert data["series"][0]["at"][7] == [7, 1000]  # hovering still tells it
+    calm = charts.stacked_chart("t", [charts.Series("a", [(0.0, 1.0), (1.0, 2.0)])], "step")
+    assert "cut" not in calm
 
 
 def test_nothing_from_elsewhere(run_dir: Path) -> None:
@@ -187,7 +224,7 @@ def test_evaluations_from_the_metrics_when_there_is_no_file(run_dir: Path) -> No
 
 
 def test_large_pictures_are_left_out(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "_PICTURE_BYTES", 100)
+    monkeypatch.setattr(page, "_PAGE_BYTES", 100)
     read = Page(report.write(run_dir).read_text(encoding="utf-8"))
     assert "img" not in {tag for tag, _ in read.tags}
     assert "views.png is left out" in " ".join(read.words)
@@ -264,17 +301,17 @@ def test_advice_names_what_costs() -> None:
 
     names = ["time/data", "time/augment", "time/forward", "time/backward", "time/communication"]
     base = dict.fromkeys((n.removeprefix("time/") for n in names), 0.1)
-    quiet = page._advice(page._shares([line(**base)], names))
+    quiet = curves.advice_on(curves.shares_of([line(**base)], names))
     assert "10% of a step is waiting" in quiet
     assert "(20% forward and backward, 0% loss)" in quiet
     for part, words in (
         ("data", "data bound: 60%"),
-        ("augment", "60% of a step makes augmented views"),
+        ("augment", "bound by augmentation: 60%"),
         ("communication", "network bound: 60%"),
     ):
-        said = page._advice(page._shares([line(**{**base, part: 0.6})] * 3, names))
+        said = curves.advice_on(curves.shares_of([line(**{**base, part: 0.6})] * 3, names))
         assert words in said
         assert "warn" in said
-    mined = page._shares([line(**base), line(**base, mining=2.0)], names)
+    mined = curves.shares_of([line(**base), line(**base, mining=2.0)], names)
     assert mined["mining"] == pytest.approx(2 / 4)
-    assert "Mining takes 50% of the time" in page._advice(mined)
+    assert "bound by mining: 50% of the time" in curves.advice_on(mined)

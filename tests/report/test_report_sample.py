@@ -23,7 +23,7 @@ from raycon.data_loaders.datasets import open_dataset
 from raycon.evals import on_checkpoint
 from raycon.nn import optim, views
 from raycon.recipes import recipe
-from raycon.report import panel_file, panels, sample
+from raycon.report import board, panel_file, panels, sample
 from raycon.training import checkpoint, job
 
 CLUSTERS = 7
@@ -246,3 +246,59 @@ def test_in_a_browser(gathered: tuple[Path, panel_file.Panels], tmp_path: Path) 
     legend = re.search(r'<ul class="legend pick">(.*?)</ul>', done.stdout)
     assert legend is not None
     assert legend[1].count("<li") == 10
+
+
+def test_the_board_shows_what_the_page_shows(gathered: tuple[Path, panel_file.Panels]) -> None:
+    found = gathered[1]
+    arrays, drawn = found.arrays, board.draw(found)
+    pictures = {name: np.asarray(Image.open(io.BytesIO(png))) for name, png in drawn.pictures.items()}
+    assert set(pictures) == {
+        *(f"report/map/t-SNE by {by}" for by in ("fine class", "clustering 0")),
+        "report/map/PCA by fine class",
+        "report/clusters/0",
+        "report/positives/members",
+        "report/positives/neighbours",
+        "report/nearest images",
+        "report/confusion",
+    }
+    assert drawn.step == 3
+    # A point of the map lies where its coordinates say, in the colour of its class.
+    at, label = arrays["map_t-SNE"], arrays["map_by_fine class"]
+    alone = int(np.argmax([np.sort(np.square(at - p).sum(1))[1] for p in at]))  # nothing drawn over it
+    x, y = (round(float(v)) for v in (8 + at[alone, 0] * 844, 40 + 8 + (1 - at[alone, 1]) * 844))
+    wanted = board._colour(int(label[alone]), True)
+    assert "#" + bytes(pictures["report/map/t-SNE by fine class"][y, x]).hex() == wanted
+
+    table = drawn.tables["report/map"]
+    assert table.columns == ["row", "t-SNE x", "t-SNE y", "PCA x", "PCA y", "fine class", "clustering 0"]
+    digits = open_dataset("digits")
+    by = table.columns.index("fine class")
+    assert all(line[by] == digits.classes[digits.label[line[0]]] for line in table.rows)
+    clusters = drawn.tables["report/clusters/0"]
+    assert [(line[1], line[2]) for line in clusters.rows] == [
+        (int(c), told["size"])
+        for c, told in zip(arrays["cluster_0_id"], found.about["clusterings"][0]["clusters"], strict=True)
+    ]
+    assert [line[1:] for line in drawn.tables["report/confusion"].rows] == arrays["confusion"].tolist()
+    hits = arrays["tile_label"][arrays["retrieval_tile"]] == arrays["tile_label"][arrays["retrieval_query"]][:, None]
+    assert [line[1] for line in drawn.tables["report/nearest images"].rows] == hits.sum(1).tolist()
+
+
+def test_strips_have_frames_and_bars(gathered: tuple[Path, panel_file.Panels]) -> None:
+    found = gathered[1]
+    pen = board._Pen(found)
+    label = found.arrays["tile_label"]
+    same = int(np.flatnonzero(label == label[0])[1])
+    other = int(np.flatnonzero(label != label[0])[0])
+    strip = np.asarray(pen.strip([same, -1, other], 0, [0.5, 0.3, 0.25], frames=True))
+    side = pen.side
+    assert side == 48  # 8 pixels, six times
+    colours = ["#" + bytes(strip[10, x]).hex() for x in (1, side + 6 * 4 + 1, side + 6 * 4 + side + 4 + 1)]
+    assert colours == [board._ACCENT, board._RIGHT, board._WRONG]
+    assert np.array_equal(strip[3:45:6, 3 : side - 3][:, ::6, 0], found.arrays["tiles"][0][..., 0][:7, :7])
+    bars = [(strip[side + 5, x : x + side] == [0x25, 0x63, 0xC9]).all(1).sum() for x in (72, 124)]
+    assert bars == [48, 25]  # 0.5 is the largest; 0.25 half of it
+
+
+def test_a_board_of_nothing(tmp_path: Path) -> None:
+    assert board.read(tmp_path) == board.Board(0, {}, {})
