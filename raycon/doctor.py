@@ -338,12 +338,14 @@ def report_plan(asked: argparse.Namespace, rest: list[str]) -> int:
         index=index_plan.Machine(flops=shard, network=asked.gbit * 1e9 / 8),
     )
     found = cost.plan(config, counted, rows, world, assumed)
+    table = cost.scaling_table(config, counted, rows, world, assumed)
     if asked.json:
         told = cost.as_dict(found) | {"counted": asdict(counted), "assumed": asdict(assumed)}
+        told["scaling_table"] = [cost.as_dict(one) for one in table]
         sys.stdout.write(json.dumps(told, indent=1, default=float) + "\n")
     else:
         measured = not asked.gpus and not asked.tflops
-        sys.stdout.write("\n".join(plan_lines(asked.plan, config, counted, found, assumed, measured)) + "\n")
+        sys.stdout.write("\n".join(plan_lines(asked.plan, config, counted, found, table, assumed, measured)) + "\n")
     return 0
 
 
@@ -373,7 +375,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def plan_lines(name: str, config: Any, counted: Counted, found: RunPlan, assumed: Assumed, measured: bool) -> list[str]:
+def plan_lines(
+    name: str,
+    config: Any,
+    counted: Counted,
+    found: RunPlan,
+    table: Sequence[RunPlan],
+    assumed: Assumed,
+    measured: bool,
+) -> list[str]:
     """The plan in words."""
     local = found.batch // found.world
     lines = [
@@ -405,13 +415,16 @@ def plan_lines(name: str, config: Any, counted: Counted, found: RunPlan, assumed
             f"  over the network: {_size(index.sent_bytes)} out, {_size(index.received_bytes)} back, "
             f"{_time(index.network_seconds)}; Ray's calls {_time(index.call_seconds)}",
         ]
+        lines += [f"  {line}" for line in e_steps(index)]
         if index.problems(assumed.index):
             lines += [f"  ! {problem}" for problem in index.problems(assumed.index)]
+    lines += scaling_lines(table)
     rate = found.batch / found.step_seconds
     lines += [
         "",
         f"The whole run: {_time(found.seconds)} ({found.seconds * found.world / 3600:,.4g} rank-hours), "
         f"{rate:,.0f} images/s between refreshes; {found.scaling:.0%} of linear scaling",
+        *advice(config, found),
         "",
         "Assumed",
         f"  a rank sustains {_number(assumed.flops)}FLOP/s"
@@ -422,6 +435,53 @@ def plan_lines(name: str, config: Any, counted: Counted, found: RunPlan, assumed
         "  not counted: reading and decoding images, evaluations, checkpoints, stragglers"
         + ("; bf16 halves activations" if config.train.precision == "bf16" else ""),
     ]
+    return lines
+
+
+def e_steps(index: Any) -> list[str]:
+    """A line per clustering: what one E-step (one pass over all rows) costs. 2 N k D operations; every shard is sent the
+    centroids and returns sums, counts and distances."""
+    return [
+        f"one E-step of k = {k:,}: {_number(2.0 * index.rows * k * index.dim)}FLOP over all shards, "
+        f"{_size(index.feature_bytes)} of features read on each, {_size(index.shards * k * index.dim * 4)} out, "
+        f"{_size(index.shards * k * (index.dim * 8 + 8))} back"
+        for k in index.clusters
+    ]
+
+
+def advice(config: Any, found: RunPlan) -> list[str]:
+    """What to change where one thing takes most of the run."""
+    if found.index is None:
+        mining = 0.0
+    else:
+        mining = found.refreshes * (found.embed_seconds + found.index.seconds) / found.seconds
+    lines = []
+    if mining > 0.3:
+        warm = "" if config.mining.init == "warm" else "--mining.init warm (2 iterations in place of all restarts), "
+        lines.append(f"  ! mining is {mining:.0%} of it: {warm}a larger --method.refresh-epochs, more --mining.shards")
+    if found.exposed_seconds > 0.2 * found.step_seconds:
+        lines.append(
+            f"  ! the network is {found.exposed_seconds / found.step_seconds:.0%} of a step: more images per rank "
+            "(--train.batch, --train.accumulate), a faster network (--gbit)"
+        )
+    return lines
+
+
+def scaling_lines(table: Sequence[RunPlan]) -> list[str]:
+    """How the run would scale with as many images per rank as here."""
+    if len(table) < 2:
+        return []
+    lines = [
+        "",
+        "Scaling, the same images per rank and step",
+        "   ranks     batch        step    images/s   of linear   whole run   (mining included)",
+    ]
+    for one in table:
+        rate = one.rows * one.epochs / one.seconds
+        lines.append(
+            f"  {one.world:6,}  {one.batch:8,}  {_time(one.step_seconds):>10}  {rate:10,.0f}  {one.scaling:10.0%}  "
+            f"{_time(one.seconds):>10}"
+        )
     return lines
 
 

@@ -64,8 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, FloatingPointError, OSError, ValueError) as error:
         if debug:
             raise
-        print(f"raycon.pretrain: {type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)  # noqa: T201
+        hint = f"\n{OUT_OF_MEMORY}" if "out of memory" in str(error).lower() else ""
+        print(f"raycon.pretrain: {type(error).__name__}: {error}{hint}\n(--debug shows where)", file=sys.stderr)  # noqa: T201
         return 1
+
+
+OUT_OF_MEMORY = (
+    "The same step in less memory: --train.accumulate 2 (or 4), --train.precision bf16; else a smaller --train.batch or "
+    "--data.size. python -m raycon.doctor --plan RECIPE says what takes the memory."
+)
 
 
 # --- the command line -------------------------------------------------------------------------------------------

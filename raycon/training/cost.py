@@ -9,7 +9,7 @@ Shape letters: N rows, D index width, W ranks, B images of a rank and step.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -244,6 +244,22 @@ def plan(config: RunConfig, counted: Counted, rows: int, world: int, assumed: As
         refreshes=refreshes,
         embed_seconds=counted.scan_flops * rows / world / assumed.flops if refresh else 0.0,
     )
+
+
+def scaling_table(
+    config: RunConfig, counted: Counted, rows: int, world: int, assumed: Assumed | None = None
+) -> list[RunPlan]:
+    """Plans of the same run on 1, 2, 4, ... ranks up to ``world``, each rank with the images that it has at ``world``.
+
+    The global batch grows with the ranks (weak scaling); ``RunPlan.scaling`` of each is its share of a linear speed-up.
+    """
+    local = config.train.batch // world
+    worlds = sorted({1 << i for i in range(world.bit_length()) if 1 << i <= world} | {world})
+    found = []
+    for ranks in worlds:
+        train = replace(config.train, batch=local * ranks)
+        found.append(plan(replace(config, train=train), counted, rows, ranks, assumed))
+    return found
 
 
 def as_dict(found: RunPlan) -> dict[str, Any]:

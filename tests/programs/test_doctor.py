@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,32 @@ def test_a_plan_in_words_and_numbers(monkeypatch: pytest.MonkeyPatch, capsys: py
     said = capsys.readouterr().out
     assert "a rank sustains 60 GFLOP/s (measured: one thread of this machine)" in said  # 6e9 / 0.1
     assert "batch 128 on 2 ranks" in said
+
+
+def test_e_steps_scaling_and_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cost, "count", counted)
+    arguments = ["--plan", "quickstart", "--gpus", "6", "--images", "1e6", "--train.batch", "384", "--gbit", "10"]
+    arguments += ["--shard-gflops", "2", "--mining.shards", "3"]
+    assert doctor.main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    table = told["scaling_table"]
+    assert [(one["world"], one["batch"]) for one in table] == [(1, 64), (2, 128), (4, 256), (6, 384)]
+    one, most = table[0], table[-1]
+    # A rank has as many images a step, hence as much to compute; only what is sent differs.
+    assert one["compute_seconds"] == most["compute_seconds"]
+    assert one["network_seconds"] == 0 < most["exposed_seconds"]
+    assert one["steps"] == 1_000_000 // 64
+    ideal = most["steps"] * most["epochs"] * most["compute_seconds"] + most["refreshes"] * most["embed_seconds"]
+    assert most["scaling"] == pytest.approx(ideal / most["seconds"])
+    assert doctor.main(arguments) == 0
+    said = capsys.readouterr().out
+    # 2 N k D, and per shard k centroids of D float32 out, float64 sums and two counts back.
+    assert "one E-step of k = 60: 7.68 GFLOP over all shards, 85.3 MB of features read on each" in said
+    assert f"{3 * 60 * 64 * 4 / 1e3:.3g} kB out, {3 * 60 * (64 * 8 + 8) / 1e3:.3g} kB back" in said
+    assert "! mining is " in said
+    assert "--mining.init warm" in said
+    assert "! the network is " in said
+    assert re.search(r"^ +6 +384 ", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

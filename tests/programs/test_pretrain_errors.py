@@ -142,3 +142,17 @@ def test_no_two_runs_share_a_directory(tmp_path: Path, monkeypatch: pytest.Monke
     assert first != second
     first.mkdir(parents=True)
     assert pretrain.choose_run_dir(base) != first
+
+
+def test_out_of_memory_says_what_to_change(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    def run(*_: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pretrain, "run", run)
+    assert pretrain.main(["quickstart"]) == 1
+    error = capsys.readouterr().err
+    assert "Tried to allocate 2.00 GiB" in error
+    assert "--train.accumulate 2" in error
+    assert "raycon.doctor --plan" in error
