@@ -378,11 +378,22 @@ def attach_log_file(run_dir: Path, quiet: bool) -> None:
     file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
-    screen = logging.StreamHandler(sys.stderr)
+    screen = Screen()
     screen.setLevel(logging.WARNING if quiet else logging.INFO)
     screen.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(screen)
     logger.propagate = False
+
+
+class Screen(logging.Handler):
+    """Log lines to whatever ``sys.stderr`` is at that moment: a live display puts itself there and prints them above."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:  # as logging's own handlers: a closed screen is no reason to stop
+            self.handleError(record)
 
 
 class Display(Protocol):
@@ -473,7 +484,7 @@ class Status:
             self.mining = f"mining for epoch {record['mining'] + 1} ..."
         elif kind == "state" and "evaluating" in record:
             self._evaluating = record["evaluating"]
-            self.evaluation = f"evaluating step {self._evaluating} ..."
+            self.evaluation = f"step {self._evaluating} is to be evaluated ..."
         elif kind == "snapshot":
             used = [f"{v:.0f}" for k, v in sorted(record.items()) if k.endswith("/used")]
             clusters = f", clusters in use {', '.join(used)}" if used else ""

@@ -181,7 +181,7 @@ def _last_snapshot(
     for w in which:
         median = f"{_quantile(sizes[w][-1][1], 0.5):,.0f}" if w in sizes else ""
         cells = [str(w), median]
-        cells += [f"{scalars[m][w][-1][1]:,.6g}" if w in scalars[m] else "" for m in measures]
+        cells += [_cell(scalars[m][w][-1][1]) if w in scalars[m] else "" for m in measures]
         rows.append("".join(f'<td class="n" data-value="{c.replace(",", "")}">{c}</td>' for c in cells))
     last = run.snapshots[-1]
     took = f", which took {last['seconds']:,.1f} s" if is_number(last.get("seconds")) else ""
@@ -191,6 +191,10 @@ def _last_snapshot(
         f'<p class="soft">{escape(said)}</p><div class="box scroll"><table class="sort"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _cell(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _mining_time(run: Run) -> str:

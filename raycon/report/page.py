@@ -31,6 +31,8 @@ logger = logging.getLogger("raycon")
 _PAGE_BYTES = 9_500_000
 """What a page may have: the files in pictures/ are shown as long as there is room."""
 _CAPTIONS = {"views": "Augmented views actually seen: the views of one sample side by side, from the first batch"}
+_FOLDED = ("config", "environment")
+"""Sections that begin folded: long, and seldom wanted."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -83,11 +85,7 @@ def _panels(run: Run, gather: bool, rows: int) -> Panels | None:
 
 
 def render(run: Run) -> str:
-    sections = [
-        ("evaluations", "Evaluations", _evaluations(run)),
-        ("losses", "Losses", curves.losses(run)),
-        ("learning-rate", "Learning rate, momentum, temperature", curves.schedules(run)),
-    ]
+    sections = [("evaluations", "Evaluations", _evaluations(run))]
     style, css = STYLE, ""
     if run.panels is not None:
         sheet = panels.Sheet(run.panels)
@@ -95,6 +93,8 @@ def render(run: Run) -> str:
         style += sheet.style()
         css = ' class="small-pictures"' if sheet.tiles.shape[1] < 64 else ""
     sections += [
+        ("losses", "Losses", curves.losses(run)),
+        ("learning-rate", "Learning rate, momentum, temperature", curves.schedules(run)),
         ("clusters", "Cluster sizes", curves.clusters(run)),
         ("health", "Feature health", curves.health(run)),
         ("speed", "Throughput and time", curves.speed(run)),
@@ -123,7 +123,7 @@ def document(
     """A whole page: header with links, ``before``, and sections (anchor, heading, HTML) that fold."""
     links = "".join(f'<a href="#{name}">{head}</a>' for name, head, _ in sections)
     body = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-head"><details open><summary><h2 id="{name}-head">{head}</h2>'
+        f'<section id="{name}" aria-labelledby="{name}-head"><details{"" if name in _FOLDED else " open"}><summary><h2 id="{name}-head">{head}</h2>'
         f"</summary>{text}</details></section>"
         for name, head, text in sections
     )
@@ -229,7 +229,8 @@ def _events(run: Run) -> str:
     )
     head = '<thead><tr><th class="n">step</th><th>what happened</th></tr></thead>'
     table = f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
-    return f'<details class="box" id="events" open><summary>Events ({len(run.events)})</summary>{table}</details>'
+    open_ = " open" if len(run.events) > 1 else ""
+    return f'<details class="box" id="events"{open_}><summary>Events ({len(run.events)})</summary>{table}</details>'
 
 
 def _evaluations(run: Run) -> str:
@@ -238,7 +239,7 @@ def _evaluations(run: Run) -> str:
     measures = list(
         dict.fromkeys(name for e in run.evaluations for name in e["results"] if not name.endswith("/failed"))
     )
-    measures.sort(key=lambda name: not higher_is_better(name) or "held_out" in name)
+    measures.sort(key=lambda name: (not higher_is_better(name) or "held_out" in name, "/top1" not in name))
     best = {
         name: max((e["results"][name] for e in run.evaluations if is_number(e["results"].get(name))), default=None)
         for name in measures

@@ -286,7 +286,7 @@ def _clusters(
         phi_k = snapshot.concentration[i].double().numpy() if snapshot.concentration else np.full(k, np.nan)
         tight_k = np.where(size_k >= 3, phi_k if snapshot.concentration else spread_k, np.nan)
         groups = {"largest": np.argsort(-size_k, kind="stable")[:MOSAIC]}
-        groups["tightest"] = _first(tight_k, MOSAIC)
+        groups["tightest"] = _first(tight_k, MOSAIC, spread_k)  # phi is clipped at its tenth percentile: many are equal
         groups["most mixed"] = _first(np.where((size_k >= 5) & np.isfinite(purity_k), purity_k, np.nan), MOSAIC)
         groups = {name: found[size_k[found] > 0] for name, found in groups.items() if len(found)}
         shown = np.array([c for found in groups.values() for c in found], dtype=np.int64)
@@ -336,9 +336,9 @@ def purity(
     return share_k, label_k
 
 
-def _first(value_k: NDArray[np.float64], number: int) -> NDArray[np.int64]:
-    """The clusters with the smallest values, nan never."""
-    order = np.argsort(value_k, kind="stable")[:number]
+def _first(value_k: NDArray[np.float64], number: int, then_k: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
+    """The clusters with the smallest values (of equal ones those with the smallest ``then_k``), nan never."""
+    order = np.lexsort((value_k if then_k is None else then_k, value_k))[:number]
     return order[np.isfinite(value_k[order])]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -266,9 +267,9 @@ def test_the_status_says_what_goes_on() -> None:
         assert words in training
     assert mining == "mined snapshot 2 in 1.2 s, clusters in use 60"
     status.show({"kind": "state", "evaluating": 9})
-    assert status.lines()[2] == "evaluating step 9 ..."
+    assert status.lines()[2] == "step 9 is to be evaluated ..."
     status.show({"kind": "evaluation", "step": 0, "control": "pixels", "knn/top1_k1": 1.0})
-    assert status.lines()[2] == "evaluating step 9 ..."
+    assert status.lines()[2] == "step 9 is to be evaluated ..."
     status.show({"kind": "evaluation", "step": 9, "knn/top1_k1": 91.25})
     assert status.lines()[2] == "evaluated step 9: knn/top1_k1 91.25"
 
@@ -301,6 +302,27 @@ def test_the_live_display_takes_every_kind_of_record() -> None:
     assert shown._progress.tasks[0].completed == 5
     assert shown._progress.tasks[0].fields["left"] == "0:07 left"
     shown.close()
+
+
+def test_log_lines_are_printed_above_the_live_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import logging
+
+    log.attach_log_file(tmp_path, quiet=False)  # before the display, as a run does
+    try:
+        screen = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", screen)  # where a live display puts itself
+        logging.getLogger("raycon").warning("stopping: saving a checkpoint first")
+        assert screen.getvalue() == "stopping: saving a checkpoint first\n"
+        log.attach_log_file(tmp_path, quiet=True)
+        logging.getLogger("raycon").info("not when quiet")
+        assert "not when quiet" not in screen.getvalue()
+        assert "not when quiet" in (tmp_path / "log.txt").read_text()
+    finally:
+        for handler in list(logging.getLogger("raycon").handlers):
+            logging.getLogger("raycon").removeHandler(handler)
+            handler.close()
+        logging.getLogger("raycon").propagate = True
 
 
 def test_states_are_not_tracked(tmp_path: Path) -> None:
