@@ -162,7 +162,7 @@ def _subtitle(run: Run) -> str:
         state = "finished"
     else:
         left = last.get("eta_s")
-        state = "unfinished" if not is_number(left) else f"unfinished, {_clock(left)} left at its last line"
+        state = f"unfinished, {_clock(float(left))} left at its last line" if left and is_number(left) else "unfinished"
     return f'<p class="soft">{said + " · " if said else ""}{state}</p>'
 
 
