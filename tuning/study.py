@@ -27,6 +27,10 @@ Searcher = Literal["random", "grid", "tpe"]
 Scheduler = Literal["none", "asha", "hyperband", "pbt"]
 
 
+WAIT_S = 600.0
+"""``evals.wait_s`` of trials: what a trial trains before its score is there, no scheduler can save."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A question put to a recipe: which values of these options score best?"""
@@ -124,7 +128,9 @@ def scored(base: RunConfig, metric: str, validation: float, every_epochs: int, k
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, validation=validation),
-        evals=dataclasses.replace(base.evals, names=(evaluation,), every_epochs=every_epochs),
+        evals=dataclasses.replace(
+            base.evals, names=(evaluation,), every_epochs=every_epochs, wait_s=base.evals.wait_s or WAIT_S
+        ),
         checkpoint=dataclasses.replace(base.checkpoint, keep=kept),
     )
 

@@ -209,6 +209,9 @@ class EvalConfig:
     """Evaluations, by the names of their files in raycon/evals."""
     every_epochs: int = 0
     """Also during the run, every so many epochs; 0: at the end only."""
+    wait_s: float = 0.0
+    """Ray: training waits for each evaluation during the run, so many seconds at most; 0: it goes on. Sweeps wait, lest
+    a trial trains on that its score would stop."""
     knn_k: tuple[int, ...] = (1, 20, 200)
     knn_temperature: float = 0.07
     linear_epochs: int = 100
@@ -642,6 +645,6 @@ def evaluation_problems(evals: EvalConfig) -> list[str]:
     found += [f"evals.svm_costs has {c}: give numbers above 0" for c in evals.svm_costs if not c > 0]
     if not evals.svm_costs:
         found.append("evals.svm_costs is empty: give 0.5, say")
-    for name in ("cpus", "gpus"):
+    for name in ("cpus", "gpus", "wait_s"):
         found += at_least(f"evals.{name}", getattr(evals, name), 0)
     return found

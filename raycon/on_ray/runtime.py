@@ -10,12 +10,14 @@ import torch
 
 from raycon.core import dist
 from raycon.core.types import FeatureIndex
-from raycon.training.runtime import restore_newest, stop_asked
+from raycon.training.loop import evaluated
+from raycon.training.runtime import STOP_FILE, restore_newest, stop_asked
 
 LOOK_S = 1.0
 """How often Ray is asked whether a node is being taken away: the question is a barrier."""
 LAST_S = 10.0
 """So long before a node goes it is saved once more."""
+POLL_S = 0.2
 MARK = "gave-up"
 
 
@@ -26,10 +28,11 @@ class RayRuntime:
     each checkpoint (it lies in Ray's storage already, nothing is copied) so that it can start the evaluation.
     """
 
-    def __init__(self, run_dir: Path, index: FeatureIndex, device: torch.device) -> None:
+    def __init__(self, run_dir: Path, index: FeatureIndex, device: torch.device, wait_s: float = 0.0) -> None:
         self.rank, self.world, self.device, self.index = dist.rank(), dist.world(), device, index
         self.refused: list[str] = []
         self._run_dir = run_dir
+        self._wait_s = wait_s
         self._looked = time.monotonic()
         self._notice: ray.train.PreemptionInfo | None = None
         self._saved: set[tuple[str, ...]] = set()
@@ -46,6 +49,18 @@ class RayRuntime:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             validation=evaluate and checkpoint is not None,
         )
+        if evaluate and self._wait_s:
+            self._await_evaluation(int(metrics["step"]))
+
+    def _await_evaluation(self, step: int) -> None:
+        """Until the evaluation of this step is there or the run is to stop, ``evals.wait_s`` at most."""
+        end = time.monotonic() + self._wait_s
+
+        def over() -> bool:
+            return evaluated(self._run_dir, step) or (self._run_dir / STOP_FILE).exists() or time.monotonic() >= end
+
+        while not dist.any_true(self.rank == 0 and over()):  # together: a rank ahead would wait in a collective
+            time.sleep(POLL_S)
 
     def should_stop(self) -> bool:
         return stop_asked(self._run_dir)

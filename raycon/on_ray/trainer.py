@@ -189,7 +189,7 @@ def _worker(given: dict[str, Any]) -> None:
     if rank == 0:
         shutil.rmtree(run_dir / f".{MARK}", ignore_errors=True)  # of an earlier attempt
     try:
-        job.train_rank(config, run_dir, device, RayRuntime(run_dir, index, device))
+        job.train_rank(config, run_dir, device, RayRuntime(run_dir, index, device, config.evals.wait_s))
     except (*job.STOPS, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError) as error:
         # Not the loss of a process: it would come again. Raising ends the other ranks too.
         text = json.dumps({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})

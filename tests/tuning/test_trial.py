@@ -159,6 +159,36 @@ def test_wandb_groups_the_trials_of_a_sweep(tmp_path: Path, monkeypatch: pytest.
     assert given[0]["resume"] == "allow"
 
 
+def test_a_trial_waits_for_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on when the evaluation is there, when the run is to stop, or after evals.wait_s; else it waits."""
+    import ray.train
+    import torch
+
+    from raycon.on_ray import runtime
+    from raycon.training.runtime import STOP_FILE, no_index
+
+    monkeypatch.setattr(ray.train, "report", lambda *_, **__: None)
+    monkeypatch.setattr(runtime, "POLL_S", 0.0)
+    looked: list[int] = []
+
+    def evaluated(run_dir: Path, step: int) -> bool:
+        looked.append(step)
+        return len(looked) == 3
+
+    monkeypatch.setattr(runtime, "evaluated", evaluated)
+    waiting = runtime.RayRuntime(tmp_path, no_index(), torch.device("cpu"), wait_s=1e6)
+    waiting.report({"step": 8.0}, None, evaluate=False)
+    assert looked == []
+    waiting.report({"step": 8.0}, None, evaluate=True)
+    assert looked == [8, 8, 8]
+    runtime.RayRuntime(tmp_path, no_index(), torch.device("cpu")).report({"step": 9.0}, None, evaluate=True)
+    assert looked == [8, 8, 8]
+    runtime.RayRuntime(tmp_path, no_index(), torch.device("cpu"), wait_s=1e-9).report({"step": 9.0}, None, True)
+    (tmp_path / STOP_FILE).touch()
+    waiting.report({"step": 10.0}, None, evaluate=True)
+    assert looked == [8, 8, 8, 9, 10]
+
+
 def test_halving_stops_the_worse_and_remembers_earlier_sessions() -> None:
     past = [Trial(n, "stopped", {}, scores={1: 10.0 * n}) for n in range(6)]
     settings: dict[str, Any] = {"time_attr": "epoch", "max_t": 9, "grace_period": 1, "reduction_factor": 3, "metric": "score", "mode": "max"}  # fmt: skip
