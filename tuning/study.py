@@ -27,10 +27,6 @@ Searcher = Literal["random", "grid", "tpe"]
 Scheduler = Literal["none", "asha", "hyperband", "pbt"]
 
 
-WAIT_S = 600.0
-"""``evals.wait_s`` of trials: what a trial trains before its score is there, no scheduler can save."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """A question put to a recipe: which values of these options score best?"""
@@ -128,9 +124,7 @@ def scored(base: RunConfig, metric: str, validation: float, every_epochs: int, k
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, validation=validation),
-        evals=dataclasses.replace(
-            base.evals, names=(evaluation,), every_epochs=every_epochs, wait_s=base.evals.wait_s or WAIT_S
-        ),
+        evals=dataclasses.replace(base.evals, names=(evaluation,), every_epochs=every_epochs),
         checkpoint=dataclasses.replace(base.checkpoint, keep=kept),
     )
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 from raycon.core import log, program
 from raycon.core.config import ConfigError, Facts, RunConfig, problems_of, save_yaml
@@ -344,7 +344,7 @@ def search(
     at_once = placed(study, base, facts, most)
     if not resume:
         record.create(folder, plan)
-    folder.mkdir(exist_ok=True)
+    lock = alone(folder)
     log.attach_log_file(folder, quiet or (sys.stdout.isatty() and sys.stderr.isatty()))
     base = cut_table(base, folder, write=True)
     for warning in base.method.warnings(facts):
@@ -359,7 +359,22 @@ def search(
         on_tune.run(folder, plan, base, propose, known, at_once, shown)
     if (folder / record.STOP).exists():
         Record(folder).write("pause")
+    lock.close()
     return finish(folder, plan)
+
+
+def alone(folder: Path) -> IO[str]:
+    """What keeps a second process out of a sweep until it is closed or this process ends. Raises ConfigError when there is
+    one already."""
+    import fcntl
+
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError([f"{folder} is being run by another process: wait for it, or stop it first"]) from None
+    return lock
 
 
 def placed(study: Study, base: RunConfig, facts: Facts, most: int) -> int:

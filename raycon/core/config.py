@@ -210,8 +210,8 @@ class EvalConfig:
     every_epochs: int = 0
     """Also during the run, every so many epochs; 0: at the end only."""
     wait_s: float = 0.0
-    """Ray: training waits for each evaluation during the run, so many seconds at most; 0: it goes on. Sweeps wait, lest
-    a trial trains on that its score would stop."""
+    """Ray: training waits for each evaluation during the run, so many seconds at most; 0: it goes on. For sweeps
+    whose evaluations take longer than an epoch: no trial trains on that its score would stop."""
     knn_k: tuple[int, ...] = (1, 20, 200)
     knn_temperature: float = 0.07
     linear_epochs: int = 100

@@ -11,7 +11,7 @@ import pytest
 
 from raycon.core.config import ConfigError, flatten, to_dict
 from raycon.tuning.record import Record, best_of, create, new_plan, open_plan, read_trials
-from raycon.tuning.study import WAIT_S, Study, best_config, find, first_line, scored, studies, trial_config
+from raycon.tuning.study import Study, best_config, find, first_line, scored, studies, trial_config
 
 
 def plan(**changes: Any) -> Any:
@@ -130,7 +130,6 @@ def test_what_a_trial_trains_differs_from_the_recipe_only_where_it_must(tmp_path
         "data.validation": 0.2,
         "evals.names": ["linear"],
         "evals.every_epochs": 3,
-        "evals.wait_s": WAIT_S,
         "log.quiet": True,
         "log.group": "g",
     }

@@ -93,6 +93,14 @@ def test_directories_are_not_shared(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "is not empty" in refused([STUDY, "--dir", str(tmp_path / "used")], capsys, tmp_path)
 
 
+def test_one_process_runs_a_sweep(tmp_path: Path) -> None:
+    lock = sweep.alone(tmp_path)
+    with pytest.raises(ValueError, match="is being run by another process"):
+        sweep.alone(tmp_path)
+    lock.close()
+    sweep.alone(tmp_path).close()
+
+
 def test_a_table_loses_the_lines_of_the_held_out_images(tmp_path: Path) -> None:
     import dataclasses
 
