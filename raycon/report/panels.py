@@ -200,9 +200,7 @@ def _positives(panels: Panels, sheet: Sheet) -> str:
     arrays, parts = panels.arrays, []
     if "positive_anchor" in arrays:
         about = panels.about["positives"]
-        right = (
-            "" if about["right"] is None else f" {about['right']:.0%} of that weight lies on images of the same class."
-        )
+        right = "" if about["right"] is None else f" Of the rest {about['right']:.0%} lies on images of the same class."
         said = (
             f"How {panels.about['method']} spreads the target of an image over {about['candidates']:,} images (the next "
             "ones of the run's own order, in the evaluation view; they stand for its batch or queue). "

@@ -24,6 +24,7 @@ from raycon.evals import on_checkpoint
 from raycon.nn import optim, views
 from raycon.recipes import recipe
 from raycon.report import board, panel_file, panels, sample
+from raycon.report.__main__ import main, save_pictures
 from raycon.training import checkpoint, job
 
 CLUSTERS = 7
@@ -302,3 +303,30 @@ def test_strips_have_frames_and_bars(gathered: tuple[Path, panel_file.Panels]) -
 
 def test_a_board_of_nothing(tmp_path: Path) -> None:
     assert board.read(tmp_path) == board.Board(0, {}, {})
+
+
+def test_pictures_as_files(gathered: tuple[Path, panel_file.Panels], tmp_path: Path) -> None:
+    panel_file.save(gathered[1], tmp_path / panel_file.FILE)
+    save_pictures(tmp_path, tmp_path / "png")
+    names = {f.name for f in (tmp_path / "png").iterdir()}
+    assert {"map-t-SNE-by-fine-class.png", "clusters-0.png", "nearest-images.png", "confusion.png"} <= names
+    with pytest.raises(ValueError, match="has no pictures"):
+        save_pictures(tmp_path / "png", tmp_path / "more")
+
+
+def test_a_comparison_shows_the_maps_side_by_side(
+    gathered: tuple[Path, panel_file.Panels], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("seed: 0\n")
+    panel_file.save(gathered[1], tmp_path / "one" / panel_file.FILE)
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    assert 'id="maps"' not in report.compare(folders, tmp_path / "c.html").read_text(encoding="utf-8")
+    panel_file.save(gathered[1], tmp_path / "three" / panel_file.FILE)
+    text = report.compare(folders, tmp_path / "c.html").read_text(encoding="utf-8")
+    assert re.findall('alt="(Map of [^"]*)"', text) == ["Map of one, step 3", "Map of three, step 3"]
+    assert main([str(folders[0]), str(folders[1]), "--pictures", str(tmp_path)]) == 2
+    assert "--pictures is for one run" in capsys.readouterr().err
+    assert main([str(folders[0]), "--rows", "30000"]) == 2
+    assert "at most 20,000" in capsys.readouterr().err
