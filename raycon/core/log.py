@@ -441,7 +441,7 @@ class PlainDisplay:
             if now - self._last < self._every_s and record["step"] < record["steps"]:
                 return
             self._last = now
-        if record["kind"] not in ("start", "state"):
+        if record["kind"] not in ("start", "state", "checkpoint"):
             logger.info(summary(record))
 
     def close(self) -> None:

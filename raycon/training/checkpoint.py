@@ -57,6 +57,64 @@ class Saved:
         return int(self.state["step"])
 
 
+@dataclass(frozen=True)
+class Taken:
+    """The content of a checkpoint to be written, in host memory."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    scalars: dict[str, Any]
+    snapshot: Snapshot | None
+    coming: Snapshot | None
+    state: dict[str, Any]
+    ready: torch.cuda.Event | None = None
+    """Copies from a GPU are done when this has happened."""
+
+
+class Buffers:
+    """Host memory that a state is copied to, used again by the next copy; pinned when the state is a GPU's."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def copy(self, part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Plain contiguous copies. Those from a GPU are only begun, in the order of its other work."""
+        copies = {}
+        for name, value in tensors.items():
+            held = self._held.get(f"{part}/{name}")
+            if held is None or held.shape != value.shape or held.dtype != value.dtype:
+                held = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._held[f"{part}/{name}"] = held
+            copies[name] = held.copy_(
+                value.detach().contiguous() if value.is_cuda else value.detach(), non_blocking=True
+            )
+        return copies
+
+
+def take(
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    snapshot: Snapshot | None,
+    state: dict[str, Any],
+    coming: Snapshot | None = None,
+    buffers: Buffers | None = None,
+) -> Taken:
+    """What ``write`` writes. Without ``buffers`` the tensors are those of method and optimiser, which must not move before.
+
+    ``state`` holds at least "step" and "evaluate". Snapshots never change, so they are not copied.
+    """
+    model = method.state_dict()
+    tensors, scalars = _flatten_optimizer(optimizer.state_dict())
+    ready = None
+    if buffers is not None:
+        on_gpu = any(v.is_cuda for v in model.values())
+        model, tensors = buffers.copy("model", model), buffers.copy("optimizer", tensors)
+        if on_gpu:
+            ready = torch.cuda.Event()
+            ready.record()
+    return Taken(model, tensors, scalars, snapshot, coming, state, ready)
+
+
 def save(
     folder: Path,
     method: nn.Module,
@@ -65,33 +123,39 @@ def save(
     state: dict[str, Any],
     coming: Snapshot | None = None,
 ) -> Path:
+    """``take`` and ``write`` in one."""
+    return write(folder, take(method, optimizer, snapshot, state, coming))
+
+
+def write(folder: Path, taken: Taken) -> Path:
     """Write ``folder/<step>`` atomically and point ``folder/last`` to it.
 
-    ``state`` holds at least "step" and "evaluate". A snapshot that the previous checkpoint already holds is linked, not written.
+    A snapshot that the previous checkpoint already holds is linked, not written.
     Raises CheckpointError when the disk is full, OSError when writing fails otherwise; what was there before is then
     untouched.
     """
-    target = folder / f"{state['step']:08d}"
+    target = folder / f"{taken.state['step']:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    work = folder / f".{target.name}.{os.getpid()}.part"
+    work = _part(target)
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir()
-        _write(work / MODEL, method.state_dict())
-        tensors, scalars = _flatten_optimizer(optimizer.state_dict())
-        _write(work / OPTIMIZER, tensors)
-        if snapshot is not None:
-            _save_snapshot(folder / "last", work / SNAPSHOT, snapshot)
-        if coming is not None:
-            _save_snapshot(folder / "last", work / COMING, coming)
+        if taken.ready is not None:
+            taken.ready.synchronize()
+        _write(work / MODEL, taken.model)
+        _write(work / OPTIMIZER, taken.optimizer)
+        if taken.snapshot is not None:
+            _save_snapshot(folder / "last", work / SNAPSHOT, taken.snapshot)
+        if taken.coming is not None:
+            _save_snapshot(folder / "last", work / COMING, taken.coming)
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(work.iterdir())}
-        full = {"format": FORMAT, "raycon": raycon.__version__, **state}
-        full |= {"snapshot_version": None if snapshot is None else snapshot.version}
-        full |= {"coming_version": None if coming is None else coming.version}
-        full |= {"optimizer": scalars, "files": files}
+        full = {"format": FORMAT, "raycon": raycon.__version__, **taken.state}
+        full |= {"snapshot_version": None if taken.snapshot is None else taken.snapshot.version}
+        full |= {"coming_version": None if taken.coming is None else taken.coming.version}
+        full |= {"optimizer": taken.scalars, "files": files}
         _write_text(work / STATE, json.dumps(full, indent=1))
         if target.exists():  # the same step again after a resume: the same content
-            shutil.rmtree(target)
+            _delete(target)
         os.replace(work, target)
         _sync(folder)
     except BaseException as error:
@@ -123,9 +187,32 @@ def prune(folder: Path, keep: int, evaluated: Callable[[int], bool]) -> None:
     Those still waiting for their evaluation stay.
     """
     for old in steps(folder)[: -keep - 1] if keep else []:
-        state = json.loads((old / STATE).read_text(encoding="utf-8"))
-        if not state["evaluate"] or evaluated(state["step"]):
-            shutil.rmtree(old)
+        try:
+            state = json.loads((old / STATE).read_text(encoding="utf-8"))
+            waits = state["evaluate"] and not evaluated(state["step"])
+        except (ValueError, LookupError, TypeError):
+            waits = False  # damaged: of no use to an evaluation either
+        if not waits:
+            _delete(old)
+
+
+def clear(folder: Path) -> None:
+    """Delete what a process that was killed left half written or half deleted. Nobody may be writing."""
+    for part in folder.glob(".*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _part(target: Path) -> Path:
+    """Where a checkpoint lies while it is not complete."""
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def _delete(path: Path) -> None:
+    """Killed at any moment: whole, or not there."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}.old.part")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone)
 
 
 def load(path: Path) -> Saved:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import socket
@@ -25,6 +24,7 @@ from raycon.nn import health, optim, pictures
 from raycon.training import checkpoint
 from raycon.training.meter import Meter
 from raycon.training.mining import Mining
+from raycon.training.saving import Saving, evaluated
 from raycon.training.watch import Watch
 
 logger = logging.getLogger("raycon")
@@ -85,67 +85,58 @@ def train(
     loader.stopwatch = meter.augment
     watch = Watch(config, method, getattr(getattr(loader, "dataset", None), "label", None), per_epoch, runtime.world)
 
-    stopping = saving = False
-    while step < steps and not stopping:
-        epoch = step // per_epoch
-        if method.needs.snapshot and epoch >= method.needs.from_epoch:
-            metrics.write("state", step, epoch=epoch, mining=epoch)
-        with meter.mining:
-            snapshot = mining.before_epoch(epoch, step)
-        mined_on_device = None if snapshot is None else snapshot.to(device)
-        used = () if snapshot is None else tuple(int(a.max()) + 1 for a in snapshot.assignment)
-        batches = loader.train(epoch, first_step=step % per_epoch, snapshot=snapshot)
-        for batch in meter.waiting(batches):
-            if step == 0 and runtime.rank == 0:
-                save_views(batch, run_dir, config, metrics)
-            optim.set_lr(optimizer, lr := optim.lr_at(config.train, step, per_epoch))
-            torch.manual_seed(stream.key(config.seed, step, runtime.rank) >> 1)  # dropout and the like
-            mined = Mined(mined_on_device, used, stream.key(config.seed, step, 0x57E9) >> 1, epoch, step, steps)
-            with meter.compute:
-                output = forward_backward(net, batch, mined, config.train.accumulate)
-            norm = gradient_norm(method, config.train.clip)
-            guard.check(output.loss, norm, step, batch)
-            optimizer.step()
-            method.after_step(output.keep, Progress(step, steps, epoch))
-            watch.saw(step, batch, output)
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            meter.stepped()
+    stopping = leaving = False
+    with Saving(config, run_dir, method, optimizer, runtime, metrics) as saving:
+        while step < steps and not stopping:
+            epoch = step // per_epoch
+            if method.needs.snapshot and epoch >= method.needs.from_epoch:
+                metrics.write("state", step, epoch=epoch, mining=epoch)
+            with meter.mining:
+                snapshot = mining.before_epoch(epoch, step)
+            mined_on_device = None if snapshot is None else snapshot.to(device)
+            used = () if snapshot is None else tuple(int(a.max()) + 1 for a in snapshot.assignment)
+            batches = loader.train(epoch, first_step=step % per_epoch, snapshot=snapshot)
+            for batch in meter.waiting(batches):
+                if step == 0 and runtime.rank == 0:
+                    save_views(batch, run_dir, config, metrics)
+                optim.set_lr(optimizer, lr := optim.lr_at(config.train, step, per_epoch))
+                torch.manual_seed(stream.key(config.seed, step, runtime.rank) >> 1)  # dropout and the like
+                mined = Mined(mined_on_device, used, stream.key(config.seed, step, 0x57E9) >> 1, epoch, step, steps)
+                with meter.compute:
+                    output = forward_backward(net, batch, mined, config.train.accumulate)
+                norm = gradient_norm(method, config.train.clip)
+                guard.check(output.loss, norm, step, batch)
+                optimizer.step()
+                method.after_step(output.keep, Progress(step, steps, epoch))
+                watch.saw(step, batch, output)
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                meter.stepped()
 
-            end_of_epoch = step % per_epoch == 0
-            if step % config.log.every_steps == 0 or end_of_epoch:
-                told = watch.read(snapshot) if end_of_epoch and runtime.rank == 0 else {}
-                log_step(metrics, meter, output, norm, lr, step, steps, epoch, config, snapshot, told)
-                if warning := watch.warning(told):
-                    logger.warning("%s", warning)
-                    metrics.write("event", step, epoch=epoch, text=warning)
-                stopping, saving = runtime.should_stop(), runtime.should_save()
-            if stopping or saving or due(config, step, per_epoch, steps):
-                guard.flush()
-                mining.settle(epoch, step)
-                saved, evaluate = None, due_evaluation(config, step, per_epoch, steps)
-                if runtime.rank == 0:
-                    state: dict[str, Any] = {
-                        "step": step,
-                        "epoch": step // per_epoch,
-                        "steps": steps,
-                        "per_epoch": per_epoch,
-                    }
-                    state |= {"world": runtime.world, "method": config.method.name, "seed": config.seed}
-                    state |= {"evaluate": evaluate}
-                    saved = checkpoint.save(run_dir / "checkpoints", method, optimizer, snapshot, state, mining.coming)
-                    checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep, lambda s: evaluated(run_dir, s))
-                runtime.report({"step": step, "epoch": epoch, "loss": float(output.loss.detach())}, saved, evaluate)
-                metrics.relay()
-                if evaluate:
-                    metrics.write("state", step, epoch=epoch, evaluating=step)
-                if saving:
-                    metrics.write("event", step, epoch=epoch, text="a node is being taken away: saved")
-                    saving = False
-                meter.pause()
-            if stopping:
-                break
-    guard.flush()
+                end_of_epoch = step % per_epoch == 0
+                if step % config.log.every_steps == 0 or end_of_epoch:
+                    told = watch.read(snapshot) if end_of_epoch and runtime.rank == 0 else {}
+                    log_step(metrics, meter, output, norm, lr, step, steps, epoch, config, snapshot, told)
+                    if warning := watch.warning(told):
+                        logger.warning("%s", warning)
+                        metrics.write("event", step, epoch=epoch, text=warning)
+                    saving.look()
+                    stopping, leaving = runtime.should_stop(), runtime.should_save()
+                if stopping or leaving or due(config, step, per_epoch, steps):
+                    guard.flush()
+                    mining.settle(epoch, step)
+                    evaluate = due_evaluation(config, step, per_epoch, steps)
+                    position = {"step": step, "epoch": step // per_epoch, "steps": steps, "per_epoch": per_epoch}
+                    saving.save(position, epoch, output.loss, snapshot, mining.coming, evaluate)
+                    if leaving:
+                        saving.flush()
+                        metrics.write("event", step, epoch=epoch, text="a node is being taken away: saved")
+                        leaving = False
+                    meter.pause()
+                if stopping:
+                    break
+        guard.flush()
+        saving.flush()
     return Progress(step, steps, step // per_epoch)
 
 
@@ -284,14 +275,6 @@ def due_evaluation(config: RunConfig, step: int, per_epoch: int, steps: int) -> 
     """Is the checkpoint after this step one to evaluate? The last one always is."""
     every = config.evals.every_epochs
     return bool(config.evals.names) and (step == steps or (every > 0 and step % (per_epoch * every) == 0))
-
-
-def evaluated(run_dir: Path, step: int) -> bool:
-    """Has the checkpoint of this step been evaluated?"""
-    file = run_dir / "evaluations.json"
-    return file.exists() and any(
-        e["step"] == step and "control" not in e for e in json.loads(file.read_text(encoding="utf-8"))
-    )
 
 
 def log_step(
