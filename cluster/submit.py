@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import raycon
+from raycon.core.address import address_problems, is_address
 from raycon.core.config import ConfigError
 
 PRETRAIN = "raycon.pretrain"
@@ -83,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, else "
                        "http://127.0.0.1:8265, where `ray dashboard cluster.yaml` puts it)")  # fmt: skip
-    found.add_argument("--storage", metavar="DIR", help="a folder that every node sees, in which the run directory is made "
+    found.add_argument("--storage", metavar="DIR", help="a folder that every node sees, or an address (s3://...), in which the run directory is made "
                        "(default: RAYCON_STORAGE); not needed with --run.dir")  # fmt: skip
     found.add_argument("--name", help="of the job, and of its run directory in --storage (default: recipe and time)")
     found.add_argument("--program", default=PRETRAIN, help="the module to run (default: %(default)s)")
@@ -154,12 +155,16 @@ def with_run_dir(arguments: list[str], storage: str, name: str) -> tuple[list[st
     """The command line with a run directory that outlives the job, and what is wrong with it."""
     given = option(arguments, "--run.dir") or option(arguments, "--resume")
     if given is None and not storage:
-        return arguments, ["give --storage DIR, a folder that every node sees (or RAYCON_STORAGE, or --run.dir): what a "
+        return arguments, ["give --storage DIR, a folder that every node sees or an address like s3://BUCKET/RUNS (or RAYCON_STORAGE, or --run.dir): what a "
                            "job writes elsewhere goes with the job"]  # fmt: skip
     if given is None:
         arguments, given = [*arguments, "--run.dir", f"{storage.rstrip('/')}/{name}"], storage
+    if is_address(given):
+        return arguments, address_problems(given, "--storage" if given == storage else "--run.dir", elsewhere=True)
     if not given.startswith("/"):
-        return arguments, [f"{given!r}: give an absolute path, the job starts in a folder of its own"]
+        return arguments, [
+            f"{given!r}: give an absolute path or an address (s3://...), the job starts in a folder of its own"
+        ]
     return arguments, []
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raycon.core.address import fetched
 from raycon.core.config import ConfigError, DataConfig
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def read(arguments: list[str]) -> tuple[Path, Options]:
         words.append(rest.pop(0))
     if len(words) != 2 and not {"-h", "--help"} & set(rest):
         raise ConfigError([f"give CHECKPOINT and DATASET (got {len(words)}): --help shows how"])
+    if len(words) == 2:
+        words[0] = str(fetched(words[0]))
     base = defaults(Path(words[0]), words[1]) if len(words) == 2 else Options()
     options = tyro.cli(Options, default=base, args=rest, description=__doc__, prog="python -m raycon.embed")
     problems = [f"{n} = {getattr(options, n)}: give 1 or more" for n in ("workers", "part", "threads")

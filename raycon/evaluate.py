@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raycon.core import program
+from raycon.core.address import fetched
 from raycon.core.config import (
     ConfigError,
     DataConfig,
@@ -33,6 +34,7 @@ from raycon.evals.base import Outcome, Task, names, parse, read_results
 
 if TYPE_CHECKING:
     from raycon.evals.on_checkpoint import Subject
+    from raycon.training.storage import Store
 
 logger = logging.getLogger("raycon")
 
@@ -81,6 +83,7 @@ def read(arguments: list[str]) -> tuple[Path, list[Task], Options]:
     problems = []
     if words:
         try:
+            words[0] = str(fetched(words[0]))
             base = defaults(Path(words[0]))
         except ConfigError as error:
             problems += error.problems
@@ -137,6 +140,7 @@ def run(place: Path, tasks: list[Task], options: Options) -> int:
     from raycon.evals import on_checkpoint
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    store = store_of(place, options)
     made = subjects(place, options)
     if problems := on_checkpoint.problems(made[0], tasks) + out_problems(made[0].file):
         raise ConfigError(problems)
@@ -149,8 +153,34 @@ def run(place: Path, tasks: list[Task], options: Options) -> int:
         on_checkpoint.keep(subject, outcome)
         sys.stdout.write(table(str(label), outcome))
         failed |= bool(outcome.failed)
-    sys.stdout.write(f"kept in {made[0].file}\n")
+        if store is not None:
+            for file in (subject.file, subject.metrics):
+                if file is not None and file.exists():
+                    store.put(file, file.name)
+    sys.stdout.write(f"kept in {made[0].file if store is None else f'{store.address}/{made[0].file.name}'}\n")
     return int(failed)
+
+
+def store_of(place: Path, options: Options) -> Store | None:
+    """Where the numbers of a run that was fetched from an address go back to; None for all else.
+
+    Raises ConfigError while the run is being trained: its own process would write over them.
+    """
+    from raycon.core.address import is_address, working_folder
+
+    run_dir = run_of(place)
+    if run_dir is None or options.out:
+        return None
+    from raycon.evals import on_checkpoint
+    from raycon.training import storage
+
+    address = on_checkpoint.read_config(run_dir).run.dir
+    if not is_address(address) or run_dir.resolve() != working_folder(address).resolve():
+        return None
+    store = storage.Store(address)
+    if who := store.holder()[0]:
+        raise ConfigError([f"{address} is being trained in by {who}: wait for its end, or give --out FILE"])
+    return store
 
 
 def out_problems(file: Path) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raycon.core import program
+from raycon.core.address import fetched
 from raycon.core.config import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def answer(arguments: list[str]) -> int:
     options, rest = parser().parse_known_args(arguments)
     if rest and options.format != "run":
         raise ConfigError([f"unknown option {rest[0]!r}; --help lists all options"])
+    options.checkpoint = fetched(options.checkpoint)
     try:
         written = import_run(options, rest) if options.format == "run" else export(options)
     except ValueError as error:
@@ -62,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=program.HINT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    made.add_argument("checkpoint", metavar="CHECKPOINT")
     made.add_argument("--format", choices=FORMATS, default="safetensors", help="default: safetensors")
     made.add_argument("--out", type=Path, help="file or folder to write; default: NAME-FORMAT in this folder")
     made.add_argument("--overwrite", action="store_true", help="replace what is there")

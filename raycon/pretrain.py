@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycon import methods
 from raycon.core import log
+from raycon.core.address import address_problems, is_address, place_of, working_folder
 from raycon.core.config import (
     ConfigError,
     RunConfig,
@@ -40,6 +41,8 @@ from raycon.recipes import first_line, recipe, recipes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from raycon.training.storage import Mirror
 
 logger = logging.getLogger("raycon")
 
@@ -94,8 +97,8 @@ def parse(arguments: list[str]) -> tuple[RunConfig, Path | None]:
     elif file:
         base = read_yaml(Path(file))
     elif resume:
-        base = read_yaml(Path(resume) / "config.yaml")
-        base = dataclasses.replace(base, run=dataclasses.replace(base.run, dir=str(Path(resume).resolve())))
+        base, where = configuration_of(resume)
+        base = dataclasses.replace(base, run=dataclasses.replace(base.run, dir=where))
     else:
         base = recipe("quickstart")
     about = f"{__doc__}\n{recipe_list()}\n\nThe options below are shown with the values of {named or 'quickstart'}."
@@ -103,7 +106,27 @@ def parse(arguments: list[str]) -> tuple[RunConfig, Path | None]:
         about = f"{named}: {recipes()[named].__doc__}\n{about}"
     rest = elastic(rest)
     config = tyro.cli(RunConfig, default=base, args=rest, description=about, prog="python -m raycon.pretrain")
-    return config, Path(resume).resolve() if resume else None
+    return config, place_of(resume) if resume else None
+
+
+def configuration_of(run_dir: str) -> tuple[RunConfig, str]:
+    """The configuration of a run, and where it is: its absolute path, or its address."""
+    if not is_address(run_dir):
+        return read_yaml(Path(run_dir) / "config.yaml"), str(Path(run_dir).resolve())
+    import tempfile
+
+    from raycon.training import storage
+
+    try:
+        data = storage.Store(run_dir).get("config.yaml")
+    except storage.StorageError as error:
+        raise ConfigError([f"--resume {error}"]) from error
+    if data is None:
+        raise ConfigError([f"--resume {run_dir}: holds no run (no config.yaml)"])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_bytes(data)
+        return read_yaml(file), run_dir.rstrip("/")
 
 
 def elastic(arguments: list[str]) -> list[str]:
@@ -146,18 +169,43 @@ def read_yaml(file: Path) -> RunConfig:
 
 def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
     """Check everything, train, evaluate, report."""
-    from raycon import report
     from raycon.core import dist
-    from raycon.training import job
-    from raycon.training.runtime import STOP_FILE, join_torchrun
+    from raycon.training.runtime import join_torchrun
 
     if config.runtime == "local":
         join_torchrun()
     run_dir = Path(dist.gather_objects(str(choose_run_dir(config)))[0])
+    if not is_address(config.run.dir):
+        return run_here(config, run_dir, resume, command, None)
+    if problems := address_problems(config.run.dir):
+        raise ConfigError(problems)
+    from raycon.training import storage
+
+    if dist.rank() != 0:
+        run_dir = working_folder(config.run.dir)  # of this machine
+        run_dir.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        return run_here(config, run_dir, resume, command, None)
+    held = lock(run_dir)
+    try:
+        with storage.leading(config.run.dir, run_dir) as mirror:
+            dist.barrier()
+            return run_here(config, run_dir, resume, command, mirror)
+    finally:
+        held.close()
+
+
+def run_here(config: RunConfig, run_dir: Path, resume: Path | None, command: list[str], mirror: Mirror | None) -> int:
+    """``run`` in ``run_dir``; ``mirror`` keeps the store of its address equal to it (rank 0)."""
+    from raycon import report
+    from raycon.core import dist
+    from raycon.training import job
+    from raycon.training.runtime import STOP_FILE
+
     config = absolute(config, run_dir)
     world = config.scaling.workers if config.runtime == "ray" else dist.world()
-    if resume is None and same_run(config, run_dir):
-        logger.info("%s holds this very run: going on with it", run_dir)
+    if resume is None and dist.gather_objects(same_run(config, run_dir))[0]:
+        logger.info("%s holds this very run: going on with it", config.run.dir)
         resume = run_dir
     problems = start_problems(config, run_dir, resume, world)
     dataset = None
@@ -171,20 +219,22 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
         problems += network_problems(config, dataset) + crop_problems(config, facts)
     if problems:
         raise ConfigError(problems)
-    held = lock(run_dir) if dist.rank() == 0 else None
+    held = lock(run_dir) if dist.rank() == 0 and mirror is None else None
     if dist.rank() == 0:
         prepare(config, run_dir, resume, command)
         for warning in config.method.warnings(facts):
             logger.warning("warning: %s", warning)
-        logger.info("run directory: %s", run_dir)
+        logger.info("run directory: %s", config.run.dir)
     dist.barrier()
     (run_dir / STOP_FILE).unlink(missing_ok=True)
+    if mirror is not None:
+        mirror.start()
     if config.runtime == "ray":
         from raycon.on_ray import trainer
 
         trainer.connect()  # here, in the main thread, before our signal handlers take the place of Ray's
     started = time.monotonic()
-    with stop_on_signal(run_dir / STOP_FILE, f"python -m raycon.pretrain --resume {run_dir}"):
+    with stop_on_signal(run_dir / STOP_FILE, f"python -m raycon.pretrain --resume {config.run.dir}"):
         if dist.rank() != 0:
             run_local(config, run_dir)
             return 0
@@ -194,6 +244,8 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
                 beside_signals(lambda: trainer.fit(config, run_dir, facts))
             else:
                 run_local(config, run_dir)
+    if mirror is not None:
+        mirror.bring_back()
     status = finish(config, run_dir, time.monotonic() - started)
     if held is not None:
         held.close()
@@ -205,7 +257,7 @@ def run_local(config: RunConfig, run_dir: Path) -> None:
     from raycon.core import dist
     from raycon.evals import on_checkpoint
     from raycon.index.local import LocalIndex
-    from raycon.training import job
+    from raycon.training import job, storage
     from raycon.training.runtime import LocalRuntime, choose_device, no_index
 
     device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -213,8 +265,11 @@ def run_local(config: RunConfig, run_dir: Path) -> None:
     if dim := job.feature_dim(config):
         rows = len(job.open_data(config))
         index = LocalIndex(rows, dim, config.mining, config.seed, dist.rank(), dist.world())
-    runtime = LocalRuntime(run_dir, index, device)
-    job.train_rank(config, run_dir, device, runtime)
+    runtime = LocalRuntime(run_dir, index, device, storage.of(config))
+    try:
+        job.train_rank(config, run_dir, device, runtime)
+    finally:
+        runtime.close()
     if dist.rank() == 0:
         for checkpoint in runtime.pending:
             on_checkpoint.evaluate(run_dir, checkpoint, device=device)
@@ -242,9 +297,9 @@ def finish(config: RunConfig, run_dir: Path, seconds: float) -> int:
         lines += [f"{name:24} {value:.2f}" for name, value in sorted(entry["results"].items()) if "/top1" in name]
         lines += [f"{name} failed: {text}" for name, text in entry["failed"].items()]
     verb = "stopped after" if stopped else "finished in"
-    lines.append(f"{verb} {seconds:.0f} s; the run directory is {run_dir}")
+    lines.append(f"{verb} {seconds:.0f} s; the run directory is {config.run.dir}")
     if stopped:
-        lines.append(f"go on with:      python -m raycon.pretrain --resume {run_dir}")
+        lines.append(f"go on with:      python -m raycon.pretrain --resume {config.run.dir}")
     lines.append(f"see the report:  python -m webbrowser {page.as_uri()}")
     print("\n".join(lines), file=sys.stderr if config.log.json else sys.stdout, flush=True)
     return 0
@@ -282,6 +337,8 @@ def beside_signals(work: Callable[[], None]) -> None:
 
 def choose_run_dir(config: RunConfig) -> Path:
     """``run.dir``, or runs/<recipe>-<options that differ from it>-<time>, never one that exists."""
+    if is_address(config.run.dir):
+        return working_folder(config.run.dir)
     if config.run.dir:
         return Path(config.run.dir).expanduser().absolute()
     name = [config.recipe or config.method.name]
@@ -311,9 +368,10 @@ def absolute(config: RunConfig, run_dir: Path) -> RunConfig:
     weights = config.model.weights
     if weights and not weights.startswith("torchvision:"):
         weights = str(Path(weights).expanduser().absolute())
+    where = config.run.dir.rstrip("/") if is_address(config.run.dir) else str(run_dir)
     return dataclasses.replace(
         config,
-        run=dataclasses.replace(config.run, dir=str(run_dir)),
+        run=dataclasses.replace(config.run, dir=where),
         data=dataclasses.replace(config.data, root=root, listing=listing, cache=cache),
         model=dataclasses.replace(config.model, weights=weights),
     )
@@ -325,9 +383,10 @@ def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world:
     from raycon.nn import views
 
     found = []
-    if resume is None and (run_dir / "checkpoints").is_dir():
+    kept = "config.yaml" if is_address(config.run.dir) else "checkpoints"  # those of a store are fetched when needed
+    if resume is None and (run_dir / kept).exists():
         found.append(
-            f"run.dir = {str(run_dir)!r} holds a run: go on with --resume {run_dir}, or give another directory"
+            f"run.dir = {config.run.dir!r} holds a run: go on with --resume {config.run.dir}, or give another directory"
         )
     elif resume is not None:
         found += resume_problems(resume)
@@ -352,6 +411,9 @@ def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world:
 
         device = config.mining.device if config.runtime == "local" else "cpu"  # Ray's shards may be elsewhere
         found += engine.problems(config.mining.engine, device, graph=config.mining.neighbours == "hnsw")
+    if is_address(config.run.dir) and config.mining.persist:
+        found.append("mining.persist: the index keeps its files in the run directory, which must be a folder for it: leave "
+                     f"it out, or give another run.dir than {config.run.dir!r}")  # fmt: skip
     if config.runtime == "ray":
         import importlib.util
 
@@ -366,7 +428,7 @@ def same_run(config: RunConfig, run_dir: Path) -> bool:
     So a job that is given again after its machine was lost goes on, whoever gives it.
     """
     file = run_dir / "config.yaml"
-    if not (run_dir / "checkpoints").is_dir() or not file.is_file():
+    if not (is_address(config.run.dir) or (run_dir / "checkpoints").is_dir()) or not file.is_file():
         return False
     try:
         there = read_yaml(file)

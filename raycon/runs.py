@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raycon.core import program, registry
+from raycon.core.address import fetched, is_address
 from raycon.core.config import ConfigError
 from raycon.core.registry import Run
 
@@ -32,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def answer(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
+    for name in ("folder", "run"):
+        given = getattr(options, name, None)
+        if options.do is prune and (remote := [place for place in given or () if is_address(place)]):
+            raise ConfigError([f"prune {remote[0]}: deletes folders only; delete at an address with its own tools"])
+        if given is not None:
+            places = [fetched(place, small=True) for place in ([given] if isinstance(given, str) else given)]
+            setattr(options, name, places[0] if isinstance(given, str) else places)
     try:
         status: int = options.do(options)
         return status
@@ -55,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     def selection(one: argparse.ArgumentParser) -> None:
-        one.add_argument("folder", nargs="*", type=Path, default=[Path("runs")], help="default: runs")
+        one.add_argument("folder", nargs="*", default=["runs"], help="default: runs")
         one.add_argument("--where", action="append", default=[], metavar="KEY=VALUE",
                          help="only runs that meet it, with = != < > <= >= or ~ (contains); may be repeated")  # fmt: skip
 
@@ -67,9 +75,9 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--limit", type=int, default=0, help="at most so many")
     table.add_argument("--json", action="store_true", help="everything that is known, as JSON")
     one = part("show", "all about one run", show)
-    one.add_argument("run", type=Path)
+    one.add_argument("run")
     several = part("compare", "options that differ and numbers side by side", compare)
-    several.add_argument("run", nargs="+", type=Path)
+    several.add_argument("run", nargs="+")
     several.add_argument("--json", action="store_true", help="as JSON")
     delete = part(
         "prune", "delete runs, or their older checkpoints; asks first, and never touches a running one", prune

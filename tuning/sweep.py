@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 from raycon.core import log, program
+from raycon.core.address import is_address
 from raycon.core.config import ConfigError, Facts, RunConfig, problems_of, save_yaml
 
 from . import record
@@ -89,6 +90,10 @@ def run(arguments: list[str]) -> int:
     else:
         plan = asked(known, dotted)
         name = re.sub(r"[^A-Za-z0-9=._-]+", "_", plan.name)
+        if known.dir and is_address(known.dir):
+            raise ConfigError(
+                [f"--dir {known.dir}: a sweep is kept in a folder that all machines see, not at an address"]
+            )
         default = Path("sweeps") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = Path(known.dir).expanduser().absolute() if known.dir else default.absolute()
     base, facts, propose = checked(plan, folder, known.max_concurrent, known.resume is not None)

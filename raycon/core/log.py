@@ -299,9 +299,12 @@ class Metrics:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        append_line(self._file, line)
+        self.append(line)
         if kind != "state":  # what is going on just now: for a display, not for curves
             self._tracker.log(step, values)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        append_line(self._file, record)
 
     def picture(self, step: int, file: Path) -> None:
         self._tracker.picture(step, file.stem, file.read_bytes())

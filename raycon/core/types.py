@@ -202,11 +202,24 @@ class Runtime(Protocol):
         """The checkpoint to go on from, None at the beginning."""
         ...
 
+    def landed(self, path: Path, keep: int) -> None:
+        """A checkpoint is complete in the run directory: bring it to where it outlives this machine, and drop there all
+        but the last and ``keep`` more. Called on rank 0, in the thread that wrote it; what it raises ends the run."""
+        ...
+
+    def evaluated(self, step: int) -> bool:
+        """Has the checkpoint of this step been evaluated? Asked on rank 0."""
+        ...
+
     def report(self, metrics: dict[str, float], checkpoint: Path | None, evaluate: bool) -> None:
-        """A checkpoint was written (``checkpoint`` on rank 0, None elsewhere); ``evaluate`` it beside the training.
+        """A checkpoint has landed (``checkpoint`` on rank 0, None elsewhere); ``evaluate`` it beside the training.
 
         Every rank calls it equally often: it may be a barrier.
         """
+        ...
+
+    def metrics(self, tracker: Any) -> Any:
+        """Where rank 0 writes its metrics, a core.log.Metrics; ``tracker``: a core.log.Tracker told of them too."""
         ...
 
     def should_stop(self) -> bool:

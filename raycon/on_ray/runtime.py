@@ -9,9 +9,11 @@ import ray.train
 import torch
 
 from raycon.core import dist
+from raycon.core.log import Metrics, Trackers
 from raycon.core.types import FeatureIndex
-from raycon.training.loop import evaluated
-from raycon.training.runtime import STOP_FILE, restore_newest, stop_asked
+from raycon.on_ray.desk import DeskMetrics
+from raycon.training.runtime import Kept
+from raycon.training.storage import Store, opened
 
 LOOK_S = 1.0
 """How often Ray is asked whether a node is being taken away: the question is a barrier."""
@@ -21,30 +23,37 @@ POLL_S = 0.2
 MARK = "gave-up"
 
 
-class RayRuntime:
+class RayRuntime(Kept):
     """Implements core.types.Runtime inside a Ray Train worker.
 
     The run directory is the truth: a restarted worker group goes on from its newest readable checkpoint. Ray is told of
     each checkpoint (it lies in Ray's storage already, nothing is copied) so that it can start the evaluation.
     """
 
-    def __init__(self, run_dir: Path, index: FeatureIndex, device: torch.device, wait_s: float = 0.0) -> None:
-        self.rank, self.world, self.device, self.index = dist.rank(), dist.world(), device, index
-        self.refused: list[str] = []
-        self._run_dir = run_dir
-        self._wait_s = wait_s
+    def __init__(
+        self,
+        run_dir: Path,
+        index: FeatureIndex,
+        device: torch.device,
+        wait_s: float = 0.0,
+        store: Store | None = None,
+        desk: str = "",
+    ) -> None:
+        """``desk``: the name of the actor that keeps metrics, where the run directory is this machine's alone."""
+        super().__init__(run_dir, store)
+        self.device, self.index = device, index
+        self._wait_s, self._desk = wait_s, desk
         self._looked = time.monotonic()
         self._notice: ray.train.PreemptionInfo | None = None
         self._saved: set[tuple[str, ...]] = set()
 
-    def restore(self) -> Path | None:
-        path, self.refused = restore_newest(self._run_dir, self.rank)
-        return path
+    def metrics(self, tracker: Trackers) -> Metrics:
+        return DeskMetrics(self._desk, tracker) if self._desk else super().metrics(tracker)
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None, evaluate: bool) -> None:
         ray.train.report(
             metrics,
-            checkpoint=None if checkpoint is None else ray.train.Checkpoint.from_directory(str(checkpoint)),
+            checkpoint=None if checkpoint is None else self._lies_at(checkpoint),
             checkpoint_dir_name=f"checkpoints/{checkpoint.name}" if checkpoint else None,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             validation=evaluate and checkpoint is not None,
@@ -57,13 +66,16 @@ class RayRuntime:
         end = time.monotonic() + self._wait_s
 
         def over() -> bool:
-            return evaluated(self._run_dir, step) or (self._run_dir / STOP_FILE).exists() or time.monotonic() >= end
+            return self.evaluated(step) or self.stop_seen() or time.monotonic() >= end
 
         while not dist.any_true(self.rank == 0 and over()):  # together: a rank ahead would wait in a collective
             time.sleep(POLL_S)
 
-    def should_stop(self) -> bool:
-        return stop_asked(self._run_dir)
+    def _lies_at(self, path: Path) -> ray.train.Checkpoint:
+        if self.store is None:
+            return ray.train.Checkpoint.from_directory(str(path))
+        system, root = opened(self.store)
+        return ray.train.Checkpoint(f"{root}/checkpoints/{path.name}", filesystem=system)
 
     def should_save(self) -> bool:
         """At a notice that nodes of this run are being taken away, and once more just before they go."""
@@ -81,17 +93,24 @@ class RayRuntime:
         return wanted
 
 
-def silent_ranks(run_dir: Path, rank: int, world: int, seconds: float = 10.0) -> list[int]:
+def silent_ranks(run_dir: Path, rank: int, world: int, seconds: float = 10.0, store: Store | None = None) -> list[int]:
     """Called by every rank that has waited in vain for the others: the ranks that do not call it within ``seconds``.
 
-    By files in the run directory: the ranks cannot talk to each other any more.
+    By files in the run directory (in the store): the ranks cannot talk to each other any more.
     """
     folder = run_dir / f".{MARK}"
-    folder.mkdir(exist_ok=True)
-    (folder / str(rank)).touch()
+    if store is None:
+        folder.mkdir(exist_ok=True)
+        (folder / str(rank)).touch()
+    else:
+        store.put_bytes(b"", f".{MARK}/{rank}")
     end = time.monotonic() + seconds
     while True:
-        missing = [r for r in range(world) if not (folder / str(r)).exists()]
+        if store is None:
+            missing = [r for r in range(world) if not (folder / str(r)).exists()]
+        else:
+            there = set(store.names(f".{MARK}"))
+            missing = [r for r in range(world) if f".{MARK}/{r}" not in there]
         if not missing or time.monotonic() >= end:
             return missing
         time.sleep(0.2)

@@ -16,13 +16,18 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, ValidationConfig, ValidationTaskConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycon import methods
 from raycon.core import log
+from raycon.core.address import working_folder
 from raycon.core.config import ConfigError, Facts, RunConfig, from_dict, to_dict, world_sizes
 from raycon.on_ray import here
+from raycon.on_ray.desk import start_desk
 from raycon.on_ray.placement import missing, per_worker, watched
 from raycon.on_ray.placement import problems as placement_problems
+from raycon.training import storage
+from raycon.training.storage import Store
 
 logger = logging.getLogger("raycon")
 
@@ -71,7 +76,12 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
     problems = placement_problems(config)
     if problems := problems or held_problems(run_dir):
         raise ConfigError(problems)
+    store = storage.of(config)
     (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+    desk = None
+    if store is not None:
+        store.delete(FAILURE_FILE)
+        desk = start_desk(desk_name := f"desk:{run_dir.name}:{os.getpid()}", run_dir)
     dim = feature_dim(config)
     spec = None
     if dim:
@@ -81,7 +91,7 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
         spec = start_index(
             run_dir.name, facts.rows, dim, config.mining, index_namespace(run_dir), seed=config.seed, saved=saved
         )
-    trainer = build_trainer(config, run_dir, spec)
+    trainer = build_trainer(config, run_dir, spec, desk_name if desk is not None else "")
     lost: Exception | None = None
     try:
         with watched(config, run_dir):
@@ -91,15 +101,24 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
     finally:
         if spec is not None:
             stop_index(spec)
-    failure = run_dir / FAILURE_FILE
-    if failure.exists():
-        raise RunFailed(json.loads(failure.read_text(encoding="utf-8"))["error"])
+    if (text := failed(run_dir, store)) is not None:
+        (run_dir / FAILURE_FILE).write_text(text, encoding="utf-8")
+        raise RunFailed(json.loads(text)["error"])
     if isinstance(lost, ray.train.ControllerError) and "Startup" in type(lost.controller_failure).__name__:
         raise RunFailed(f"after scaling.wait-s = {config.scaling.wait_s:g}: {missing(config)} ({lost})") from lost
     if lost is not None:
         raise RunFailed(
             f"lost workers more than scaling.max-failures = {config.scaling.max_failures} times: {lost}"
         ) from lost
+
+
+def failed(run_dir: Path, store: Store | None) -> str | None:
+    """What a rank wrote down when it failed in a way that would come again."""
+    if store is not None:
+        data = store.get(FAILURE_FILE)
+        return None if data is None else data.decode()
+    file = run_dir / FAILURE_FILE
+    return file.read_text(encoding="utf-8") if file.exists() else None
 
 
 def index_namespace(run_dir: Path) -> str:
@@ -121,9 +140,17 @@ def held_problems(run_dir: Path, seconds: float = 30.0) -> list[str]:
     return []
 
 
-def build_trainer(config: RunConfig, run_dir: Path, spec: Any) -> ray.train.torch.TorchTrainer:
-    """The Ray Train run of a configuration. ``spec``: the started index, or None."""
+def build_trainer(config: RunConfig, run_dir: Path, spec: Any, desk: str = "") -> ray.train.torch.TorchTrainer:
+    """The Ray Train run of a configuration. ``spec``: the started index, or None. ``desk``: see on_ray/desk.py."""
     scaling = config.scaling
+    store, system, place = storage.of(config), None, run_dir
+    # It only waits for tasks of its own, which hold what evals.cpus and evals.gpus say.
+    evaluating: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "max_retries": 2}
+    if store is not None:
+        system, root = storage.opened(store)
+        place = Path(root)
+        node = ray.get_runtime_context().get_node_id()  # it adds to evaluations.json, which lies here
+        evaluating["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
     # A group that is placed on reservations of a lost node waits this out before it is placed anew.
     start_s = int(os.environ.setdefault(START_TIMEOUT, "20" if scaling.min_workers else "60"))
     # Threads only: secrets (a wandb key) must come from the nodes' own environment, Ray logs what stands here.
@@ -137,7 +164,7 @@ def build_trainer(config: RunConfig, run_dir: Path, spec: Any) -> ray.train.torc
         workers = (scaling.min_workers, scaling.workers)
     return kind(
         _worker,
-        train_loop_config={"config": to_dict(config), "run_dir": str(run_dir), "index": spec},
+        train_loop_config={"config": to_dict(config), "run_dir": str(run_dir), "index": spec, "desk": desk},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=bool(scaling.gpus_per_worker),
@@ -148,8 +175,9 @@ def build_trainer(config: RunConfig, run_dir: Path, spec: Any) -> ray.train.torc
             backend="cpu:gloo,cuda:nccl" if scaling.gpus_per_worker else "gloo", timeout_s=scaling.timeout_s
         ),
         run_config=ray.train.RunConfig(
-            name=run_dir.name,
-            storage_path=str(run_dir.parent),
+            name=place.name,
+            storage_path=str(place.parent),
+            storage_filesystem=system,
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures,
                 controller_failure_limit=max(1, math.ceil(scaling.wait_s / start_s)),
@@ -161,8 +189,7 @@ def build_trainer(config: RunConfig, run_dir: Path, spec: Any) -> ray.train.torc
         validation_config=ValidationConfig(
             fn=_evaluate,
             task_config=ValidationTaskConfig(fn_kwargs={"run_dir": str(run_dir), "threads": scaling.threads}),
-            # It only waits for tasks of its own, which hold what evals.cpus and evals.gpus say.
-            ray_remote_kwargs={"num_cpus": 0, "num_gpus": 0, "max_retries": 2},
+            ray_remote_kwargs=evaluating,
         ),
         **more,
     )
@@ -178,39 +205,60 @@ def _worker(given: dict[str, Any]) -> None:
     from raycon.training.runtime import no_index
 
     config = from_dict(given["config"], methods.options(given["config"]["method"]["name"]))
-    run_dir = Path(given["run_dir"])
-    failure = run_dir / FAILURE_FILE
-    if failure.exists():
+    store = storage.of(config)
+    run_dir = Path(given["run_dir"]) if store is None else working_folder(store.address)  # of this machine
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if failed(run_dir, store) is not None:
         return  # a rank failed in a way that would come again: do not try, the driver reads the cause
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     index = RayIndex(given["index"], rank, world) if given["index"] is not None else no_index()
+    runtime = RayRuntime(run_dir, index, device, config.evals.wait_s, store, given["desk"])
+    mirror = None
     if rank == 0:
         shutil.rmtree(run_dir / f".{MARK}", ignore_errors=True)  # of an earlier attempt
+        if store is not None:
+            for name in store.names(f".{MARK}"):
+                store.delete(name)
+            mirror = storage.Mirror(store, run_dir, own=True)
+            mirror.start()
     try:
-        job.train_rank(config, run_dir, device, RayRuntime(run_dir, index, device, config.evals.wait_s))
+        job.train_rank(config, run_dir, device, runtime)
+        if mirror is not None:
+            mirror.close()
     except (*job.STOPS, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError) as error:
         # Not the loss of a process: it would come again. Raising ends the other ranks too.
         text = json.dumps({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
-        failure.write_text(text, encoding="utf-8")
+        if store is not None:
+            store.put_bytes(text.encode(), FAILURE_FILE)
+        else:
+            (run_dir / FAILURE_FILE).write_text(text, encoding="utf-8")
         raise
     except RuntimeError as error:
         if world > 1 and "timed out" in str(error).lower():
-            text = waited_in_vain(run_dir, rank, world, config.scaling.timeout_s)
+            text = waited_in_vain(run_dir, rank, world, config.scaling.timeout_s, store, given["desk"])
             raise RuntimeError(text) from error
         raise
+    finally:
+        runtime.close()
 
 
-def waited_in_vain(run_dir: Path, rank: int, world: int, seconds: float) -> str:
+def waited_in_vain(
+    run_dir: Path, rank: int, world: int, seconds: float, store: Store | None = None, desk: str = ""
+) -> str:
     """Name the ranks that kept the others waiting; the lowest of the others writes it down."""
     from raycon.on_ray.runtime import silent_ranks
 
-    silent = silent_ranks(run_dir, rank, world)
+    silent = silent_ranks(run_dir, rank, world, store=store)
     who = f"rank {', '.join(map(str, silent))}" if silent else "no single rank (the network between them, then)"
     text = f"ranks waited for {seconds:g} s (scaling.timeout-s) and did not hear from {who}: starting again"
     if rank == min(set(range(world)) - set(silent)):
-        log.append_line(run_dir / "metrics.jsonl", {"kind": "event", "step": 0, "text": text})
+        line = {"kind": "event", "step": 0, "text": text}
+        if desk:
+            ray.get(ray.get_actor(desk).append.remote(line))
+        else:
+            log.append_line(run_dir / "metrics.jsonl", line)
     return text
 
 
@@ -219,7 +267,8 @@ def _evaluate(checkpoint: ray.train.Checkpoint, run_dir: str, threads: int) -> d
     from raycon.on_ray import evaluate
 
     try:
-        entry = evaluate.of_run(Path(run_dir), Path(checkpoint.path), threads)
+        with storage.evaluated_here(Path(run_dir), Path(checkpoint.path)) as path:
+            entry = evaluate.of_run(Path(run_dir), path, threads)
     except Exception as error:
         text = f"evaluation of {checkpoint.path} failed: {type(error).__name__}: {error}"
         log.append_line(Path(run_dir) / "metrics.jsonl", {"kind": "event", "step": 0, "text": text})

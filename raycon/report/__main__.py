@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raycon.core import program
+from raycon.core.address import fetched
 from raycon.core.config import ConfigError
 
 
@@ -26,7 +27,7 @@ def answer(arguments: list[str]) -> int:
         description="Write the report of a run, or with several runs a page that compares them. Opens offline.",
         epilog=program.HINT,
     )
-    parser.add_argument("run_dir", nargs="+", type=Path, help="a run directory (with config.yaml, metrics.jsonl, ...)")
+    parser.add_argument("run_dir", nargs="+", help="a run directory (with config.yaml, metrics.jsonl, ...)")
     parser.add_argument(
         "--out", type=Path, help="of several runs: the page (default: comparison.html beside the first run)"
     )
@@ -36,6 +37,7 @@ def answer(arguments: list[str]) -> int:
         "--pictures", type=Path, metavar="FOLDER", help="of one run: map, clusters, positives, ... as PNG"
     )
     asked = parser.parse_args(arguments)
+    asked.run_dir = [fetched(place) for place in asked.run_dir]
     problems = [
         f"{folder} is not a run directory (no {' nor '.join(_SIGNS)} in it): give one that raycon.pretrain made"
         for folder in asked.run_dir

@@ -202,6 +202,18 @@ def clear(folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def keep_only(folder: Path, kept: Path | None) -> None:
+    """Delete all checkpoints but one, which becomes ``last``. Nobody may be writing."""
+    clear(folder)
+    for path in folder.glob("[0-9]*"):
+        if path != kept:
+            shutil.rmtree(path)
+    if kept is not None:
+        _point(folder / "last", kept.name)
+    else:
+        (folder / "last").unlink(missing_ok=True)
+
+
 def _part(target: Path) -> Path:
     """Where a checkpoint lies while it is not complete."""
     return target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -150,7 +150,7 @@ def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: 
         torch.backends.cudnn.allow_tf32 = config.train.tf32
         torch.backends.cudnn.benchmark = True
     tracker = open_tracker(config, run_dir, runtime.rank)
-    metrics = Metrics(run_dir / "metrics.jsonl", tracker) if runtime.rank == 0 else NoMetrics(tracker)
+    metrics: Metrics = runtime.metrics(tracker) if runtime.rank == 0 else NoMetrics(tracker)
     dataset = open_data(config)
     facts = facts_of(config, dataset, runtime.world)
     loader = open_loader(config, dataset, loader_plan(config, dataset, run_dir, device, runtime.world, runtime.rank))

@@ -24,7 +24,7 @@ from raycon.nn import health, optim, pictures
 from raycon.training import checkpoint
 from raycon.training.meter import Meter
 from raycon.training.mining import Mining
-from raycon.training.saving import Saving, evaluated
+from raycon.training.saving import Saving
 from raycon.training.watch import Watch
 
 logger = logging.getLogger("raycon")
@@ -55,7 +55,7 @@ def train(
         metrics.rewind(step)
         for text in runtime.refused:
             metrics.write("event", step, text=f"a damaged checkpoint was passed over: {text}")
-        if dist.any_true(runtime.rank == 0 and evaluate and not evaluated(run_dir, step)):
+        if dist.any_true(runtime.rank == 0 and evaluate and not runtime.evaluated(step)):
             # The run died between this checkpoint and its evaluation.
             runtime.report({"step": step}, path if runtime.rank == 0 else None, evaluate=True)
     started: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 import torch.distributed
 
 from raycon.core import dist
+from raycon.core.log import Metrics, Tracker
 from raycon.core.types import FeatureIndex, Needs, Snapshot
 from raycon.training import checkpoint
+from raycon.training.storage import StopWatch, Store
 
 STOP_FILE = "stop"
 """When a file of this name appears in the run directory, the run saves a checkpoint and ends."""
@@ -31,15 +34,65 @@ def join_torchrun() -> None:
         torch.distributed.init_process_group(backend)
 
 
-def restore_newest(run_dir: Path, rank: int) -> tuple[Path | None, list[str]]:
-    """The newest readable checkpoint, chosen by rank 0 for all, and what was wrong with newer ones."""
-    found = checkpoint.newest(run_dir / "checkpoints") if rank == 0 else (None, [])
-    chosen: tuple[Path | None, list[str]] = dist.gather_objects(found)[0]
-    return chosen
+class Kept:
+    """Where a run is kept, the part that all runtimes share: a run directory, and perhaps a store that outlives it.
 
+    With a store the run directory is a folder of this machine alone, and the store is the truth.
+    """
 
-def stop_asked(run_dir: Path) -> bool:
-    return dist.any_true(dist.rank() == 0 and (run_dir / STOP_FILE).exists())
+    def __init__(self, run_dir: Path, store: Store | None = None) -> None:
+        self.rank, self.world = dist.rank(), dist.world()
+        self.refused: list[str] = []
+        self.run_dir, self.store = run_dir, store
+        self._stop = StopWatch(store) if store is not None and self.rank == 0 else None
+
+    def restore(self) -> Path | None:
+        """The newest readable checkpoint, chosen by rank 0 for all; ``refused``: what was wrong with newer ones.
+
+        Raises CheckpointError when there are checkpoints and none can be read.
+        """
+        folder = self.run_dir / "checkpoints"
+        found: tuple[Path | None, list[str]] = (None, [])
+        if self.rank == 0:
+            found = checkpoint.newest(folder) if self.store is None else self.store.fetch_newest(folder)
+            if self.store is not None:
+                checkpoint.keep_only(folder, found[0])  # what else is here may be of another attempt
+        path, self.refused = dist.gather_objects(found)[0]
+        if path is None and self.refused:  # to begin anew would throw away what may yet be saved
+            raise checkpoint.CheckpointError(f"no readable checkpoint to go on from: {'; '.join(self.refused)}")
+        if path is not None and self.store is not None and self.rank != 0:
+            path = self.store.fetch_checkpoint(path.name, folder)
+        return path
+
+    def landed(self, path: Path, keep: int) -> None:
+        """A checkpoint is complete in the run directory (rank 0, in the writing thread): bring it to where it is safe."""
+        if self.store is not None:
+            self.store.send_checkpoint(path)
+            self.store.prune(keep)
+
+    def evaluated(self, step: int) -> bool:
+        """Has the checkpoint of this step been evaluated?"""
+        if self.store is not None:
+            return self.store.evaluated(step)
+        file = self.run_dir / "evaluations.json"
+        return file.exists() and any(
+            e["step"] == step and "control" not in e for e in json.loads(file.read_text(encoding="utf-8"))
+        )
+
+    def metrics(self, tracker: Tracker) -> Metrics:
+        """Where rank 0 writes its metrics."""
+        return Metrics(self.run_dir / "metrics.jsonl", tracker)
+
+    def should_stop(self) -> bool:
+        """Does a file "stop" lie in the run directory? The same answer on every rank."""
+        asked = self.rank == 0 and (
+            (self.run_dir / STOP_FILE).exists() or (self._stop is not None and self._stop.asked)
+        )
+        return dist.any_true(asked)
+
+    def close(self) -> None:
+        if self._stop is not None:
+            self._stop.close()
 
 
 class _NoIndex:
@@ -64,25 +117,17 @@ def no_index() -> FeatureIndex:
     return _NoIndex()
 
 
-class LocalRuntime:
+class LocalRuntime(Kept):
     """Implements core.types.Runtime. Evaluations are left to the caller: ``pending`` lists the checkpoints."""
 
-    def __init__(self, run_dir: Path, index: FeatureIndex, device: torch.device) -> None:
-        self.rank, self.world, self.device, self.index = dist.rank(), dist.world(), device, index
-        self.refused: list[str] = []
+    def __init__(self, run_dir: Path, index: FeatureIndex, device: torch.device, store: Store | None = None) -> None:
+        super().__init__(run_dir, store)
+        self.device, self.index = device, index
         self.pending: list[Path] = []
-        self._run_dir = run_dir
-
-    def restore(self) -> Path | None:
-        path, self.refused = restore_newest(self._run_dir, self.rank)
-        return path
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None, evaluate: bool) -> None:
         if evaluate and checkpoint is not None:
             self.pending.append(checkpoint)
-
-    def should_stop(self) -> bool:
-        return stop_asked(self._run_dir)
 
     def should_save(self) -> bool:
         return False

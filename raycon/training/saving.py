@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -50,7 +49,7 @@ class Saving:
     """Begins, finishes and reports checkpoints; every rank calls ``save``, ``look`` and ``flush`` at the same steps.
 
     At most one is being written: the next waits for it. It is reported (and evaluated, pruned for, named anywhere) only
-    once it is complete on disk, at the next logged step, on all ranks at once. An error of the writing is raised there,
+    once it is complete where the run is kept, at the next logged step, on all ranks at once. An error of the writing is raised there,
     on rank 0. As a context manager: however the run ends, what is being written is finished first.
     """
 
@@ -111,7 +110,8 @@ class Saving:
     def _write(self, taken: checkpoint.Taken) -> _Written:
         start, folder = time.perf_counter(), self._run_dir / "checkpoints"
         path = checkpoint.write(folder, taken)
-        checkpoint.prune(folder, self._config.checkpoint.keep, lambda step: evaluated(self._run_dir, step))
+        self._runtime.landed(path, self._config.checkpoint.keep)
+        checkpoint.prune(folder, self._config.checkpoint.keep, self._runtime.evaluated)
         size = sum(f.stat().st_size for f in path.iterdir())
         return _Written(path, time.perf_counter() - start, size)
 
@@ -159,11 +159,3 @@ def _give_way() -> None:
             os.setpriority(
                 os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
             )
-
-
-def evaluated(run_dir: Path, step: int) -> bool:
-    """Has the checkpoint of this step been evaluated?"""
-    file = run_dir / "evaluations.json"
-    return file.exists() and any(
-        e["step"] == step and "control" not in e for e in json.loads(file.read_text(encoding="utf-8"))
-    )
