@@ -364,7 +364,9 @@ def absolute(config: RunConfig, run_dir: Path) -> RunConfig:
         place if not place or "://" in place else str(Path(place).expanduser().absolute())
         for place in (config.data.root, config.data.listing)
     )
-    cache = str(Path(config.data.cache or run_dir.parent / ".cache").expanduser().absolute())
+    cache = config.data.cache
+    if cache or not is_address(config.run.dir):  # each machine has its own beside its working folder
+        cache = str(Path(cache or run_dir.parent / ".cache").expanduser().absolute())
     weights = config.model.weights
     if weights and not weights.startswith("torchvision:"):
         weights = str(Path(weights).expanduser().absolute())
