@@ -179,6 +179,10 @@ def run(config: RunConfig, resume: Path | None, command: list[str]) -> int:
         return run_here(config, run_dir, resume, command, None)
     if problems := address_problems(config.run.dir):
         raise ConfigError(problems)
+    if "/" not in config.run.dir.partition("://")[2].strip("/"):
+        raise ConfigError(
+            [f"run.dir = {config.run.dir!r}: give a folder of its own in it, {config.run.dir.rstrip('/')}/NAME"]
+        )
     from raycon.training import storage
 
     if dist.rank() != 0:

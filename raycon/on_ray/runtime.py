@@ -93,7 +93,7 @@ class RayRuntime(Kept):
         return wanted
 
 
-def silent_ranks(run_dir: Path, rank: int, world: int, seconds: float = 10.0, store: Store | None = None) -> list[int]:
+def silent_ranks(run_dir: Path, rank: int, world: int, store: Store | None = None, seconds: float = 10.0) -> list[int]:
     """Called by every rank that has waited in vain for the others: the ranks that do not call it within ``seconds``.
 
     By files in the run directory (in the store): the ranks cannot talk to each other any more.

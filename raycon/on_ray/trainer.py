@@ -250,7 +250,7 @@ def waited_in_vain(
     """Name the ranks that kept the others waiting; the lowest of the others writes it down."""
     from raycon.on_ray.runtime import silent_ranks
 
-    silent = silent_ranks(run_dir, rank, world, store=store)
+    silent = silent_ranks(run_dir, rank, world, store)
     who = f"rank {', '.join(map(str, silent))}" if silent else "no single rank (the network between them, then)"
     text = f"ranks waited for {seconds:g} s (scaling.timeout-s) and did not hear from {who}: starting again"
     if rank == min(set(range(world)) - set(silent)):

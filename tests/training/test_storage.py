@@ -53,7 +53,7 @@ def s3() -> Iterator[str]:
 @pytest.fixture(params=["file", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An address that nothing is at yet."""
-    top = f"file://{tmp_path}" if request.param == "file" else request.getfixturevalue("s3")
+    top = f"file://{tmp_path}/store" if request.param == "file" else request.getfixturevalue("s3")
     return f"{top}/{request.node.name.split('[')[0]}"
 
 
