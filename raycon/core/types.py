@@ -219,7 +219,7 @@ class Runtime(Protocol):
         ...
 
     def metrics(self, tracker: Any) -> Any:
-        """Where rank 0 writes its metrics, a core.log.Metrics; ``tracker``: a core.log.Tracker told of them too."""
+        """Where rank 0 writes its metrics, a core.log.Metrics; ``tracker``: a core.log.Trackers told of them too."""
         ...
 
     def should_stop(self) -> bool:

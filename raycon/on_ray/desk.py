@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycon.core import log
-from raycon.core.log import Metrics, Tracker
+from raycon.core.log import Metrics, Trackers
 
 PICTURES = "pictures"
 
@@ -46,7 +46,7 @@ def start_desk(name: str, run_dir: Path) -> Any:
 class DeskMetrics(Metrics):
     """Metrics of rank 0, written by the desk. Lines are sent and not waited for; they arrive in order."""
 
-    def __init__(self, desk: str, tracker: Tracker) -> None:
+    def __init__(self, desk: str, tracker: Trackers) -> None:
         self._desk: Any = ray.get_actor(desk)
         self._tracker = tracker
         self._last: Any = None
@@ -56,6 +56,9 @@ class DeskMetrics(Metrics):
 
     def rewind(self, step: int) -> None:
         ray.get(self._desk.rewind.remote(step))
+
+    def relay(self) -> None:
+        """The driver does it at the end of the run: the evaluations lie there."""
 
     def picture(self, step: int, file: Path) -> None:
         self._desk.picture.remote(file.name, file.read_bytes())

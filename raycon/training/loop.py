@@ -128,8 +128,9 @@ def train(
                     evaluate = due_evaluation(config, step, per_epoch, steps)
                     position = {"step": step, "epoch": step // per_epoch, "steps": steps, "per_epoch": per_epoch}
                     saving.save(position, epoch, output.loss, snapshot, mining.coming, evaluate)
-                    if leaving:
+                    if leaving or (evaluate and config.evals.wait_s):
                         saving.flush()
+                    if leaving:
                         metrics.write("event", step, epoch=epoch, text="a node is being taken away: saved")
                         leaving = False
                     meter.pause()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from raycon.core import dist
-from raycon.core.log import Metrics, Tracker
+from raycon.core.log import Metrics, Trackers
 from raycon.core.types import FeatureIndex, Needs, Snapshot
 from raycon.training import checkpoint
 from raycon.training.storage import StopWatch, Store
@@ -79,16 +79,17 @@ class Kept:
             e["step"] == step and "control" not in e for e in json.loads(file.read_text(encoding="utf-8"))
         )
 
-    def metrics(self, tracker: Tracker) -> Metrics:
+    def metrics(self, tracker: Trackers) -> Metrics:
         """Where rank 0 writes its metrics."""
         return Metrics(self.run_dir / "metrics.jsonl", tracker)
 
     def should_stop(self) -> bool:
         """Does a file "stop" lie in the run directory? The same answer on every rank."""
-        asked = self.rank == 0 and (
-            (self.run_dir / STOP_FILE).exists() or (self._stop is not None and self._stop.asked)
-        )
-        return dist.any_true(asked)
+        return dist.any_true(self.rank == 0 and self.stop_seen())
+
+    def stop_seen(self) -> bool:
+        """The same for rank 0 alone."""
+        return (self.run_dir / STOP_FILE).exists() or (self._stop is not None and self._stop.asked)
 
     def close(self) -> None:
         if self._stop is not None:
