@@ -13,7 +13,7 @@ from raycon.core.log import Metrics, Trackers
 from raycon.core.types import FeatureIndex
 from raycon.on_ray.desk import DeskMetrics
 from raycon.training.runtime import Kept
-from raycon.training.storage import Store, opened
+from raycon.training.storage import Store
 
 LOOK_S = 1.0
 """How often Ray is asked whether a node is being taken away: the question is a barrier."""
@@ -74,8 +74,9 @@ class RayRuntime(Kept):
     def _lies_at(self, path: Path) -> ray.train.Checkpoint:
         if self.store is None:
             return ray.train.Checkpoint.from_directory(str(path))
-        system, root = opened(self.store)
-        return ray.train.Checkpoint(f"{root}/checkpoints/{path.name}", filesystem=system)
+        # Ray's own object: it takes no other for the same file system.
+        system = ray.train.get_context().get_storage().storage_filesystem
+        return ray.train.Checkpoint(f"{self.store.root}/checkpoints/{path.name}", filesystem=system)
 
     def should_save(self) -> bool:
         """At a notice that nodes of this run are being taken away, and once more just before they go."""
