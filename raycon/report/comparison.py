@@ -133,7 +133,7 @@ def last_numbers(run: Run) -> dict[str, float]:
 def _numbers(runs: Sequence[Run], names: Sequence[str]) -> str:
     values = [last_numbers(run) for run in runs]
     measures = list(dict.fromkeys(name for found in values for name in found))
-    measures.sort(key=lambda name: not source.higher_is_better(name))
+    measures.sort(key=lambda name: (not source.higher_is_better(name), "/top1" not in name))
     if not measures:
         return '<p class="soft">No numbers yet.</p>'
     best = {m: max(v[m] for v in values if m in v) for m in measures if source.higher_is_better(m)}
@@ -166,7 +166,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
     wanted = (first + [n for n in every if n.startswith(("loss/", "accuracy/")) and n not in first])[:_CURVES]
     charts = [
         line_chart(
-            "learning rate" if n == "lr" else curves.TITLES.get(n, n),
+            curves.TITLES.get(n, n),
             [Series(name, source.points(run.train, n)) for run, name in zip(runs, names, strict=True)],
             "step",
             smooth=True,
@@ -179,10 +179,12 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
 def _history(runs: Sequence[Run], names: Sequence[str]) -> str:
     own = [[{"step": e.get("step"), **e["results"]} for e in run.evaluations if not e.get("control")] for run in runs]
     measures = list(dict.fromkeys(m for lines in own for m in source.scalar_names(lines) if source.higher_is_better(m)))
-    charts = [
-        line_chart(m, [Series(name, source.points(lines, m)) for lines, name in zip(own, names, strict=True)], "step")
-        for m in measures[:_CURVES]
-    ]
+    measures.sort(key=lambda name: "/top1" not in name)
+    every = {
+        m: [Series(name, source.points(lines, m)) for lines, name in zip(own, names, strict=True)] for m in measures
+    }
+    worth = [m for m, series in every.items() if sum(len(s.points) for s in series) > 1]  # one point is in the table
+    charts = [line_chart(m, every[m], "step") for m in worth[:_CURVES]]
     return curves.grid(charts, "No evaluations yet.")
 
 

@@ -61,7 +61,7 @@ svg .name { font-size: 11.5px; }
 button { font: inherit; font-size: 12.5px; color: var(--soft); background: none; border: 1px solid var(--line);
   border-radius: 5px; padding: 1px 8px; cursor: pointer; white-space: nowrap; flex: none; }
 button:hover, button[aria-pressed=true] { color: var(--accent); border-color: var(--accent); }
-.scroll { overflow-x: auto; } .box + .charts { margin-top: 12px; }
+.scroll { overflow-x: auto; } .box + .charts, .box + details.box { margin-top: 12px; }
 .box { padding: 4px 12px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 16px 5px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
