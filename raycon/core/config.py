@@ -181,7 +181,7 @@ class MiningConfig:
     storage: Literal["fp32", "fp16"] = "fp32"
     """fp16: half the memory; the exact rows lie in a scratch file (TMPDIR) for those that rounding leaves in doubt."""
     engine: Literal["auto", "faiss", "torch"] = "auto"
-    """auto: faiss where it is installed, else torch."""
+    """auto: on a CPU torch with compiled loops where numba is installed, else faiss, else torch alone."""
     device: Literal["cpu", "gpu"] = "cpu"
     """gpu: the shards compute on a CUDA device; the features stay in the machine's memory."""
     lag: int = 0

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--neighbours", type=int, default=0, help="neighbours of every row, exactly")
     plan.add_argument("--iterations", type=int, default=20)
     plan.add_argument("--redo", type=int, default=5)
-    plan.add_argument("--warm", action="store_true", help="2 iterations from the last labels")
+    plan.add_argument("--warm", action="store_true", help="from the last labels")
     plan.add_argument("--storage", choices=("fp32", "fp16"), default="fp32")
     plan.add_argument("--gflops", type=float, default=0.0, help="of one shard; default: one core here, measured")
     plan.add_argument("--gbit", type=float, default=10.0, help="of a node's network (default 10)")

@@ -45,18 +45,24 @@ def expected_information(size_U: NDArray[np.int64], size_V: NDArray[np.int64]) -
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, rows + 1)))])
     values_u, many_u = np.unique(size_U, return_counts=True)
     values_v, many_v = np.unique(size_V, return_counts=True)
+    b_V, weight_V = values_v[:, None], many_v.astype(np.float64)
     total = 0.0
-    for a, of_a in zip(values_u, many_u, strict=True):
-        for b, of_b in zip(values_v, many_v, strict=True):
-            n = np.arange(max(1, a + b - rows), min(a, b) + 1)  # how many rows a cell may hold
-            # The hypergeometric probability of each, in logarithms.
-            log_p = (
-                log_factorial[a] + log_factorial[b] + log_factorial[rows - a] + log_factorial[rows - b]
-                - log_factorial[rows] - log_factorial[n] - log_factorial[a - n] - log_factorial[b - n]
-                - log_factorial[rows - a - b + n]
-            )  # fmt: skip
-            term = n / rows * (np.log(rows) + np.log(n) - np.log(a) - np.log(b)) * np.exp(log_p)
-            total += float(of_a * of_b * term.sum())
+    for a, of_a in zip(values_u.tolist(), many_u.tolist(), strict=True):
+        # How many rows a cell may hold: further from the mean than this the probability is below 1e-20 (Bernstein).
+        mean_V = a * values_v / rows
+        reach_V = 10 * np.sqrt(mean_V) + 40
+        low, high = max(1, int((mean_V - reach_V).min())), min(a, int((mean_V + reach_V).max()) + 1)
+        n = np.arange(low, high + 1)
+        # The hypergeometric probability of each, in logarithms.
+        log_p_VN = (
+            (log_factorial[a] + log_factorial[rows - a] - log_factorial[rows] - log_factorial[n] - log_factorial[a - n])
+            + (log_factorial[b_V] + log_factorial[rows - b_V])
+            - log_factorial[np.maximum(b_V - n, 0)]
+            - log_factorial[np.maximum(rows - a - b_V + n, 0)]
+        )
+        log_p_VN[(n > b_V) | (n < a + b_V - rows)] = -np.inf
+        term_VN = n / rows * (np.log(rows) + np.log(n) - np.log(a) - np.log(b_V)) * np.exp(log_p_VN)
+        total += of_a * float(weight_V @ term_VN.sum(1))
     return total
 
 

@@ -13,7 +13,8 @@ Shape letters: N rows of the data set, K clusters, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,14 @@ _RESTART = 15486557
 _SPLIT_SEED = 1234
 """faiss starts this generator anew in every iteration."""
 _SPLIT = np.float32(1 / 1024)
+MOVES = 6
+"""Most passes among near clusters of a warm start."""
+BESIDE = 8
+"""Clusters, its own with them, that a row then looks at."""
+_RELAXED = 1.9
+"""How far a centroid goes on its way to its mean between two of those passes (1: to it)."""
+_SETTLED = 0.002
+"""Share of the rows changing their cluster below which those passes end."""
 
 
 class Data(NamedTuple):
@@ -70,6 +79,7 @@ class Sums(NamedTuple):
 
 
 Running = Generator[Ask, Sums, Clustering]
+Neighbours = Callable[[NDArray[np.float32], int], NDArray[np.int64]]
 
 
 def together(fan_out: FanOut, data: Data, runs: Sequence[Running]) -> list[Clustering]:
@@ -221,28 +231,55 @@ def run_official(
 
 
 def warm(
-    fan_out: FanOut, data: Data, label_N: NDArray[np.int64], k: int, *, iterations: int, spherical: bool = False
-) -> Clustering:
-    """``run_warm``, alone."""
-    return together(fan_out, data, [run_warm(fan_out, data, label_N, k, iterations=iterations, spherical=spherical)])[0]
-
-
-def run_warm(
     fan_out: FanOut,
     data: Data,
-    label_N: NDArray[np.int64],
-    k: int,
+    label_CN: Sequence[NDArray[np.int64]],
+    clusters: Sequence[int],
+    neighbours: Neighbours,
     *,
-    iterations: int,
+    moves: int = MOVES,
+    iterations: int = 1,
     spherical: bool = False,
-    tolerance: float = 0.0,
-) -> Running:
-    """Start from the means of the present features under earlier labels (N,): unaffected by any turn of the space."""
-    check_clusters(data.rows, k)
-    if data.rows == k:
-        return every_row(fan_out, data, spherical)
-    start_KD = label_means(fan_out, data, label_N, k, spherical=spherical)
-    return (yield from run_lloyd(data, start_KD, iterations, spherical, tolerance))
+) -> tuple[list[Clustering], int]:
+    """Clusterings of ``clusters`` clusters each from earlier labels (N,) of each: clusterings and moves made.
+
+    They start at the means of the present features under the earlier labels, which no turn of the space affects. What
+    is left to do is to follow the features that came to other clusters, and nearly all of them come to one beside
+    theirs: so first ``moves`` passes in which a row looks at the ``BESIDE`` nearest clusters only, at a small part of the
+    cost of a Lloyd iteration, then Lloyd's ``iterations``. Between the moves centroids go ``_RELAXED`` times as far
+    as to their means (over-relaxation, which Lloyd's iteration stands well beyond 1). Moves end early when no more than
+    ``_SETTLED`` of the rows change their cluster. ``neighbours``: (centroids (K, D), count) -> the count nearest of each.
+    """
+    for k in clusters:
+        check_clusters(data.rows, k)
+    starts = [
+        label_means(fan_out, data, label_N, k, spherical=spherical)
+        for label_N, k in zip(label_CN, clusters, strict=True)
+    ]
+    ends = np.cumsum([0, *clusters])
+    made = 0
+    if moves:
+        parts = list(itertools.pairwise(ends))
+        beside = min(BESIDE, *clusters)
+        near_KM = np.concatenate([neighbours(c, beside) + a for c, (a, _) in zip(starts, parts, strict=True)])
+        near_KM = near_KM.astype(np.int32)
+        label_CA = np.stack([label_N + a for label_N, (a, _) in zip(label_CN, parts, strict=True)]).astype(np.int32)
+        centroids_KD = np.concatenate(starts)
+    for made in range(1, moves + 1):
+        label = label_CA if made == 1 else None  # shards remember where their rows are
+        answers = fan_out("move", data.version, label, centroids_KD, near_KM, data.rows, data.radius)
+        sums_KD, counts_K, _ = merge_steps([(sums, counts, 0.0) for sums, counts, _ in answers])
+        means_KD = np.concatenate([update(sums_KD[a:b], counts_K[a:b], data.rows, spherical) for a, b in parts])
+        settled = sum(answer.moved for answer in answers) <= _SETTLED * label_CA.size
+        if settled or made == moves:
+            starts = [means_KD[a:b] for a, b in parts]
+            break
+        # An empty cluster's new place is that of the cluster it splits: not to be overshot.
+        far_KD = centroids_KD + np.float32(_RELAXED) * (means_KD - centroids_KD)
+        centroids_KD = np.where((counts_K > 0)[:, None], far_KD, means_KD).astype(np.float32)
+        if spherical:
+            centroids_KD = unit(centroids_KD)
+    return together(fan_out, data, [run_lloyd(data, c, iterations, spherical) for c in starts]), made
 
 
 def label_means(

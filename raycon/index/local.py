@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
@@ -48,8 +50,9 @@ class LocalIndex:
         check_memory(sum(last - first for first, last in ranges), dim, len(ranges), mining.memory_gb, mining.storage)
         kind = (dim, mining.threads, engine or mining.engine, mining.device, mining.storage)
         self._shards = [SavedShard(first, last, *kind, saved=saved) for first, last in ranges]
-        self._pool = ThreadPoolExecutor(len(self._shards), thread_name_prefix="index")
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="index-refresh")
+        own = (keep_threads, (mining.threads,))
+        self._pool = ThreadPoolExecutor(len(self._shards), "index", *own)
+        self._beside = ThreadPoolExecutor(1, "index-refresh", *own)
         self._begun: tuple[int, Needs, Future[tuple[Snapshot, dict[str, float]]]] | None = None
         # Its own group: a refresh beside the training must not mix its messages with the gradients'.
         self._group = dist.new_group(backend="gloo") if world > 1 else None
@@ -83,7 +86,7 @@ class LocalIndex:
             finally:
                 self._begun = None
         else:
-            snapshot, metrics = self._miner.make(version, needs, self.previous)
+            snapshot, metrics = self._beside.submit(self._miner.make, version, needs, self.previous).result()
         self.previous = snapshot
         return snapshot, metrics
 
@@ -124,6 +127,16 @@ class LocalIndex:
             if isinstance(answer, BaseException):
                 raise answer  # on every rank, or the others would wait for this one's next answer
         return answers
+
+
+def keep_threads(count: int) -> None:
+    """Torch uses ``count`` CPU threads for what the calling thread does, and as many as before for all others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    # Threads that start later take the number that was set last, wherever that was.
+    helper = threading.Thread(target=torch.set_num_threads, args=(before,))
+    helper.start()
+    helper.join()
 
 
 def part(rows: int, shards: int) -> list[tuple[int, int]]:

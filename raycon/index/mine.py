@@ -20,18 +20,13 @@ from raycon.core.types import MissingRows, Needs, Snapshot
 from raycon.index.ann import approximate_neighbours
 from raycon.index.density import density
 from raycon.index.fast import LocalShard, hierarchical, run_balanced, run_fast, run_minibatch, sampled_start
-from raycon.index.kmeans import Clustering, Data, Running, label_means, run_official, run_warm, together
+from raycon.index.kmeans import Clustering, Data, Running, label_means, run_official, together, warm
 from raycon.index.merge import FanOut
 from raycon.index.neighbours import all_neighbours
 from raycon.index.shard import Shard
 
 logger = logging.getLogger(__name__)
 
-WARM_ITERATIONS = 5
-"""Most iterations of a warm start. Where features move little, one reaches what twenty cold ones do; after a long way,
-as in the first epochs of a training, more are worth their time, and ``WARM_TOLERANCE`` tells."""
-WARM_TOLERANCE = 0.01
-"""A warm start ends when an iteration lowers the objective by this share of it or less: two at the least."""
 PROBES = 8
 """Coarse clusters in which a row looks for its centroid, when there are two levels."""
 
@@ -64,7 +59,7 @@ def mine(
     metrics: dict[str, float] = {}
     assignments, prototypes, concentrations = [], [], []
     with phase("kmeans"):
-        clusterings = _cluster(fan_out, data, needs, mining, seed, previous, local)
+        clusterings = _cluster(fan_out, data, needs, mining, seed, previous, local, metrics)
     for position, (k, found) in enumerate(zip(needs.clusterings, clusterings, strict=True)):
         with phase("assign"):
             label_N, sqdist_N = assign(fan_out, version, found)
@@ -123,10 +118,12 @@ def _cluster(
     seed: int,
     previous: Snapshot | None,
     local: LocalShard,
+    metrics: dict[str, float],
 ) -> list[Clustering]:
     """All clusterings; those that make the same passes over the data make them together."""
     runs: dict[int, Running] = {}
     done: dict[int, Clustering] = {}
+    warm_labels: dict[int, NDArray[np.int64]] = {}
     for position, k in enumerate(needs.clusterings):
         own: dict[str, Any] = {"seed": seed + position, "spherical": needs.spherical}
         label_N = _earlier(data, position, k, previous) if mining.init == "warm" else None
@@ -143,20 +140,21 @@ def _cluster(
                 )
             else:
                 runs[position] = run_minibatch(fan_out, data, k, start_KD, **own)
-        elif label_N is not None:
-            runs[position] = run_warm(
-                fan_out,
-                data,
-                label_N,
-                k,
-                iterations=WARM_ITERATIONS,
-                spherical=needs.spherical,
-                tolerance=WARM_TOLERANCE,
-            )
+        elif label_N is not None and k < data.rows:
+            warm_labels[position] = label_N
         elif mining.init == "warm":
             runs[position] = run_fast(fan_out, data, k, local, iterations=mining.iterations, **own)
         else:
             runs[position] = run_official(fan_out, data, k, iterations=mining.iterations, redo=mining.redo, **own)
+    if warm_labels:
+
+        def neighbours(centroids_KD: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+            return local(centroids_KD[:1]).engine.search(centroids_KD, centroids_KD, count)[1]
+
+        sizes = [needs.clusterings[position] for position in warm_labels]
+        found, moves = warm(fan_out, data, list(warm_labels.values()), sizes, neighbours, spherical=needs.spherical)
+        done |= dict(zip(warm_labels, found, strict=True))
+        metrics["index/moves"] = moves
     done |= dict(zip(runs, together(fan_out, data, list(runs.values())), strict=True))
     return [done[position] for position in range(len(needs.clusterings))]
 

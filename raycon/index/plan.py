@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from raycon.core.config import ConfigError
+from raycon.index.kmeans import BESIDE, MOVES
 
 Storage = Literal["fp32", "fp16"]
 
@@ -116,14 +117,15 @@ def plan(
     iterations: int = 20,
     redo: int = 5,
     warm: bool = False,
+    moves: int = MOVES,
     storage: Storage = "fp32",
     ray: bool = True,
     machine: Machine | None = None,
 ) -> Plan:
     """The plan of one refresh by exact k-means and exact neighbours.
 
-    ``warm``: 2 iterations from the last labels in place of ``redo`` starts of ``iterations``. Raises ValueError for
-    sizes that make no sense.
+    ``warm``: from the last labels ``moves`` passes among near clusters and one iteration, in place of ``redo`` starts of
+    ``iterations``. Raises ValueError for sizes that make no sense.
     """
     for name, value in (("rows", rows), ("dim", dim), ("shards", shards), ("iterations", iterations), ("redo", redo)):
         if value < 1:
@@ -134,10 +136,16 @@ def plan(
         raise ValueError(f"{neighbours} neighbours of each of {rows} rows: give 0 .. {rows - 1}")
     machine = machine or Machine()
     shards = min(shards, rows)
-    steps, starts = (2, 1) if warm else (iterations * redo, redo)
+    steps, starts = (1, 1) if warm else (iterations * redo, redo)
     passes, flops, sent, received = 0, 0.0, 0, 0
     # One call asks for the state; all clusterings share the calls of their iterations.
     calls = 1 + (steps if clusters else 0) + len(clusters) * (starts + 1)
+    if warm and clusters:
+        beside, sums = min(BESIDE, *clusters), sum(clusters) * (dim * 8 + 8)
+        calls += moves
+        flops += 2.0 * rows * (beside + 1) * dim * moves * len(clusters) + sum(2.0 * k * k * dim for k in clusters)
+        sent += shards * (rows * len(clusters) * 4 + moves * sum(clusters) * (dim * 4 + beside * 4))
+        received += moves * shards * sums
     for k in clusters:
         passes += steps + 1
         flops += 2.0 * rows * k * dim * (steps + 1)

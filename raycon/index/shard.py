@@ -32,7 +32,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raycon.core.types import MissingRows
-from raycon.index.engine import CPU_BLOCK, DeviceName, Engine, EngineName, FaissEngine, Nearest, TorchEngine, load
+from raycon.index.engine import (
+    CPU_BLOCK,
+    DeviceName,
+    Engine,
+    EngineName,
+    FaissEngine,
+    Nearest,
+    TorchEngine,
+    add_up,
+    choose_near,
+    load,
+    squares,
+)
 
 Storage = Literal["fp32", "fp16"]
 
@@ -63,6 +75,14 @@ class Step(NamedTuple):
     """Sum of the squared distances of the rows to their centroids."""
 
 
+class Move(NamedTuple):
+    """What one pass among near clusters returns: exact sums, and how many rows changed their cluster."""
+
+    sums_KD: NDArray[np.float64]
+    counts_K: NDArray[np.int64]
+    moved: int
+
+
 def as_features(features: Any, dim: int) -> NDArray[np.float32]:
     """(n, dim) float32 C-contiguous, of a tensor or an array; copied only when needed. Raises ValueError."""
     if isinstance(features, torch.Tensor):
@@ -85,15 +105,19 @@ def check_finite(features_ND: NDArray[np.float32], first_row: int) -> None:
             )
 
 
-def exact_terms(values: torch.Tensor, bound: float, out: torch.Tensor | None = None) -> torch.Tensor:
+def rounding(bound: float) -> float:
+    """What ``exact_terms`` adds and subtracts."""
+    return 1.5 * 2.0 ** (math.frexp(bound)[1] + 1)
+
+
+def exact_terms(values: torch.Tensor, bound: float) -> torch.Tensor:
     """float64 values rounded to the finest grid on which every sum of magnitude <= ``bound`` is exact.
 
     The spacing is at most 2^-50 of the bound: 3e-11 for 60,000 unit rows, 1/250 of the float32 spacing of a coordinate
     of 0.1. Adding and subtracting a large constant rounds to it; no value may exceed the bound.
     """
-    magic = 1.5 * 2.0 ** (math.frexp(bound)[1] + 1)
-    terms = values.double() if out is None else out[: len(values)].copy_(values)
-    return terms.add_(magic).sub_(magic)
+    magic = rounding(bound)
+    return values.double().add_(magic).sub_(magic)
 
 
 class Doubt(NamedTuple):
@@ -132,10 +156,12 @@ class Shard:
         self._features_ND: NDArray[Any] = np.empty((0, dim), dtype=np.float16 if self._half else np.float32)
         self._exact_ND: NDArray[np.float32] | None = None
         self._error_N = np.empty(0, dtype=np.float32)
+        self._squares_N = np.empty(0, dtype=np.float32)  # squared norms of the rows (fp32)
         self._filled_N = np.zeros(last_row - first_row, dtype=bool)
         self._radius = 0.0  # at least the largest norm of a row (fp16)
         self._rescored = self._assigned_rows = 0
         self._lists: tuple[Any, NDArray[np.int64], NDArray[np.int64]] | None = None  # of which features, rows, ends
+        self._moving: tuple[Any, NDArray[np.int32]] | None = None  # of which features, clusters of this shard's rows
         self._graph: tuple[Any, Any] | None = None
 
     def __len__(self) -> int:
@@ -167,7 +193,9 @@ class Shard:
             self._radius = 0.0
             self._lists = self._graph = None
         self._features_ND[start:stop] = block
-        if self._exact_ND is not None:
+        if self._exact_ND is None:
+            self._squares_N[start:stop] = squares(block)
+        else:
             self._exact_ND[start:stop] = block
             for first in range(0, len(block), _CHECK):
                 rows = block[first : first + _CHECK].astype(np.float64)
@@ -181,7 +209,9 @@ class Shard:
     def state(self, version: int) -> State:
         missing = self.missing(version)
         radius = 0.0
-        if not missing:
+        if not missing and self._exact_ND is None:
+            radius = float(self._squares_N.max(initial=0)) ** 0.5
+        elif not missing:
             for start in range(0, len(self), _CHECK):
                 rows = self._rows(start, start + _CHECK)
                 radius = max(radius, float(np.einsum("nd,nd->n", rows, rows).max()) ** 0.5)
@@ -229,13 +259,11 @@ class Shard:
         counts = [torch.zeros(len(part), dtype=torch.int64, device=device) for part in parts]
         objectives = [torch.zeros((), dtype=torch.float64, device=device) for _ in parts]
         reaches = [radius + float(np.einsum("kd,kd->k", part, part).max()) ** 0.5 for part in parts]
-        # One piece of memory for all blocks: fresh memory costs page faults.
-        memory = torch.empty(self.engine.block, self.dim, dtype=torch.float64, device=device)
+        scratch: list[Tensor] = []
+        grid = rounding(total_rows * radius)
         for _, rows, answers in self._assigned(version, parts, slice_of, weight_K):
-            terms = exact_terms(rows, total_rows * radius, memory)
             for i, (sqdist_B, label_B) in enumerate(answers):
-                sums[i].index_add_(0, label_B, terms)
-                counts[i] += torch.bincount(label_B, minlength=len(counts[i]))
+                add_up(rows, label_B, grid, sums[i], counts[i], scratch)
                 objectives[i] += exact_terms(sqdist_B, total_rows * reaches[i] ** 2).sum()
         return [
             Step(s.cpu().numpy(), c.cpu().numpy(), float(o)) for s, c, o in zip(sums, counts, objectives, strict=True)
@@ -256,11 +284,56 @@ class Shard:
         """The sums and counts under given labels of all rows of the data set (total_rows,), 0 <= label < k."""
         self._require(version)
         label_N = label_all[self.first_row : self.last_row]
-        sums_KD = torch.zeros(k, self.dim, dtype=torch.float64)
+        sums_KD, counts_K = torch.zeros(k, self.dim, dtype=torch.float64), torch.zeros(k, dtype=torch.int64)
+        scratch: list[Tensor] = []
         for start in range(0, len(self), BLOCK):
-            terms = exact_terms(torch.from_numpy(self._rows(start, start + BLOCK)), total_rows * radius)
-            sums_KD.index_add_(0, torch.tensor(label_N[start : start + BLOCK]), terms)
-        return Step(sums_KD.numpy(), np.bincount(label_N, minlength=k), math.nan)
+            rows, label = (
+                torch.from_numpy(self._rows(start, start + BLOCK)),
+                torch.tensor(label_N[start : start + BLOCK]),
+            )
+            add_up(rows, label, rounding(total_rows * radius), sums_KD, counts_K, scratch)
+        return Step(sums_KD.numpy(), counts_K.numpy(), math.nan)
+
+    def move(
+        self,
+        version: int,
+        label_PA: NDArray[np.int32] | None,
+        centroids_KD: NDArray[np.float32],
+        near_KM: NDArray[np.int32],
+        total_rows: int,
+        radius: float,
+    ) -> Move:
+        """A pass in which a row looks only at its cluster and at those beside it, for several (P) clusterings at once.
+
+        ``label_PA``: the present cluster of every row of the data set (A = total_rows), by its place in
+        ``centroids_KD``, where the clusterings lie one after the other; None: where the last pass left it (the shard keeps
+        its rows' part, so that labels travel once). ``near_KM``: the clusters beside each. Raises MissingRows also when
+        that part was lost with an actor.
+        """
+        self._require(version)
+        if label_PA is not None:
+            self._moving = (self.stamp(), label_PA[:, self.first_row : self.last_row].copy())
+        if self._moving is None or self._moving[0] != self.stamp():
+            raise MissingRows(f"the clusters of rows {self.first_row} .. {self.last_row} were lost in a warm start")
+        label_PN = self._moving[1]
+        device, moved = self.engine.device, 0
+        centroids, near = (
+            torch.tensor(centroids_KD, device=device),
+            torch.tensor(near_KM, dtype=torch.int64, device=device),
+        )
+        sums_KD = torch.zeros(centroids.shape, dtype=torch.float64, device=device)
+        counts_K = torch.zeros(len(centroids), dtype=torch.int64, device=device)
+        scratch: list[Tensor] = []
+        for start in range(0, len(self), BLOCK):
+            rows = torch.from_numpy(self._rows(start, start + BLOCK)).to(device)
+            for label_N in label_PN[:, start : start + len(rows)]:
+                label = torch.tensor(label_N, dtype=torch.int64, device=device)
+                label = choose_near(rows, label, centroids, near)
+                add_up(rows, label, rounding(total_rows * radius), sums_KD, counts_K, scratch)
+                chosen_N = label.cpu().numpy()
+                moved += int(np.count_nonzero(chosen_N != label_N))
+                label_N[:] = chosen_N
+        return Move(sums_KD.cpu().numpy(), counts_K.cpu().numpy(), moved)
 
     def gather(self, version: int, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Of the data set's rows asked for: where in ``rows`` this shard's are (n,), and their features (n, D)."""
@@ -403,10 +476,10 @@ class Shard:
         bytes of links for each. Needs faiss.
         """
         self._require(version)
-        assert isinstance(self.engine, FaissEngine)
-        self.engine.use_threads(self.threads)
+        engine = self.engine if isinstance(self.engine, FaissEngine) else FaissEngine()
+        engine.use_threads(self.threads)
         if self._graph is None or self._graph[0] != self.stamp():
-            self._graph = (self.stamp(), self.engine.graph(self._rows(0, len(self))))
+            self._graph = (self.stamp(), engine.graph(self._rows(0, len(self))))
         sqdist_QK, row_QK = self._graph[1](queries_QD, count + 1, max(breadth, count + 1))
         row_QK = np.where(row_QK >= 0, row_QK + self.first_row, -1)
         sqdist_QK = np.where(row_QK >= 0, sqdist_QK, np.float32(np.inf))
@@ -423,6 +496,7 @@ class Shard:
     def _allocate(self) -> None:
         self._features_ND = np.empty((len(self), self.dim), dtype=self._features_ND.dtype)
         if not self._half:
+            self._squares_N = np.empty(len(self), dtype=np.float32)
             return
         size = max(len(self) * self.dim * 4, 1)
         self._error_N = np.zeros(len(self), dtype=np.float32)
@@ -504,8 +578,11 @@ class Shard:
                     answers = [(f[0][done : done + b - a], f[1][done : done + b - a]) for f in found]
                 else:
                     block = torch.from_numpy(_placed(rows, a - grid, engine.block)).to(engine.device)
-                    inside = slice(a - grid, b - grid)
-                    answers = [(f.sqdist_N[inside], f.label_N[inside]) for f in (n(block) for n in near)]
+                    inside, norms = slice(a - grid, b - grid), None
+                    if len(rows) == engine.block and stride == 1 and not self._half:
+                        known_N = self._squares_N[a - self.first_row : b - self.first_row]
+                        norms = torch.from_numpy(known_N).to(engine.device)
+                    answers = [(f.sqdist_N[inside], f.label_N[inside]) for f in (n(block, norms) for n in near)]
                     tensor = block[inside]
                 yield a - low, tensor, answers
                 done += b - a

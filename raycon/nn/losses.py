@@ -274,17 +274,17 @@ def sample_excluding(used: int | Tensor, size: int, exclude_B: Tensor, number: i
 def _draw_excluding(used: int, exclude_B: Tensor, number: int, seed: int) -> Tensor:
     """``number`` distinct ids of 0..used-1 without those in ``exclude_B``: rejection sampling, for number << used."""
     generator = np.random.Generator(np.random.SFC64(seed & (2**64 - 1)))
-    place = np.empty(used, dtype=np.int64)
-    excluded = np.zeros(used, dtype=bool)
-    excluded[exclude_B.numpy()] = True
-    draws = np.empty(0, dtype=np.int64)
+    place = np.empty(used, dtype=np.int32)  # half of the memory traffic of int64
+    exclude = exclude_B.numpy()
+    draws = np.empty(0, dtype=np.int32)
     count = number + len(exclude_B)
     while True:
         # So many draws of `used` ids are expected to hold `count` different ones; a little more, to need one round.
-        more = generator.integers(0, used, int(-math.log1p(-count / used) * used * 1.02) + 64)
+        more = generator.integers(0, used, int(-math.log1p(-count / used) * used * 1.02) + 64, dtype=np.int32)
         draws = np.concatenate([draws, more]) if len(draws) else more
-        order = np.arange(len(draws))
+        order = np.arange(len(draws), dtype=np.int32)
         place[draws[::-1].copy()] = order[::-1].copy()  # the last write stays: where an id was drawn first
-        fresh = draws[(place[draws] == order) & ~excluded[draws]]
+        place[exclude] = -1
+        fresh = draws[place[draws] == order]
         if len(fresh) >= number:
-            return torch.from_numpy(fresh[:number])
+            return torch.from_numpy(fresh[:number].astype(np.int64))

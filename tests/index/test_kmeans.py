@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from raycon.index import kmeans
+from raycon.core.types import MissingRows
+from raycon.index import engine, kmeans
 from raycon.index.merge import FanOut
 from raycon.index.shard import Shard
 
@@ -28,6 +29,10 @@ def fan_out_of(features: np.ndarray, shards: int = 2) -> FanOut:
 
 def data_of(features: np.ndarray) -> kmeans.Data:
     return kmeans.Data(0, len(features), float(np.linalg.norm(features, axis=1).max()))
+
+
+def nearest_of(centroids: np.ndarray, count: int) -> np.ndarray:
+    return np.argsort(((centroids[:, None] - centroids[None]) ** 2).sum(-1), axis=1, kind="stable")[:, :count]
 
 
 def objective_of(features: np.ndarray, centroids: np.ndarray) -> float:
@@ -132,17 +137,81 @@ def test_warm_labels_survive_a_rotation(digits: np.ndarray) -> None:
     turn = np.linalg.qr(rng.normal(size=(64, 64)))[0]
     new = (digits + rng.normal(size=digits.shape) * 0.01).astype(np.float32) @ turn.astype(np.float32)
     new = np.ascontiguousarray(new / np.linalg.norm(new, axis=1, keepdims=True))
-    warm = kmeans.warm(fan_out_of(new), data_of(new), label, 50, iterations=1)
+    (warm,), _ = kmeans.warm(fan_out_of(new), data_of(new), [label], [50], nearest_of, moves=0)
     fresh = kmeans.official(fan_out_of(new), data_of(new), 50, seed=0, iterations=20, redo=1)
     assert warm.iterations == 1
     assert objective_of(new, warm.centroids_KD) <= objective_of(new, fresh.centroids_KD) * 1.002
+
+
+def drifted(x: np.ndarray, noise: float, seed: int = 1) -> np.ndarray:
+    moved = x + noise * np.random.default_rng(seed).normal(size=x.shape).astype(np.float32)
+    return moved / np.linalg.norm(moved, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_moves_among_near_clusters(digits: np.ndarray, numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass, for two clusterings at once, against float64: the nearest of a row's cluster and those beside it."""
+    monkeypatch.setattr(engine, "_has_numba", lambda: numba)
+    rng, sizes = np.random.default_rng(0), (40, 13)
+    centroids = digits[rng.permutation(len(digits))[: sum(sizes)]]
+    near = np.concatenate([nearest_of(centroids[:40], 5), nearest_of(centroids[40:], 5) + 40]).astype(np.int32)
+    label = np.stack([rng.integers(0, 40, len(digits)), rng.integers(40, 53, len(digits))]).astype(np.int32)
+    fan_out, before = fan_out_of(digits, 3), label
+    for given in (label, None):  # None: from where the first pass left them
+        answers = fan_out("move", 0, given, centroids, near, len(digits), 1.0)
+        after = before.copy()
+        for p in range(2):
+            candidates = np.concatenate([before[p][:, None], near[before[p]]], axis=1)
+            sqdist = ((digits[:, None].astype(np.float64) - centroids[candidates]) ** 2).sum(-1)
+            after[p] = np.take_along_axis(candidates, sqdist.argmin(1)[:, None], 1)[:, 0]
+        sums = sum(a.sums_KD for a in answers)
+        for k in range(53):
+            np.testing.assert_allclose(sums[k], digits[(after == k).any(0)].sum(0, dtype=np.float64), atol=1e-7)
+        np.testing.assert_array_equal(sum(a.counts_K for a in answers), np.bincount(after.ravel(), minlength=53))
+        assert sum(a.moved for a in answers) == np.count_nonzero(after != before) > 0
+        before = after
+    fresh = fan_out_of(digits, 3)
+    with pytest.raises(MissingRows, match=r"clusters of rows 0 \.\. 599 were lost"):
+        fresh("move", 0, None, centroids, near, len(digits), 1.0)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+@pytest.mark.parametrize("spherical", [False, True])
+def test_a_warm_start_follows_a_long_way(digits: np.ndarray, shards: int, spherical: bool) -> None:
+    """Where features moved far, moves among near clusters reach what one Lloyd iteration does not; any shards, same bits."""
+    new, sizes = drifted(digits, 0.05), (60, 20)
+    data = data_of(new)
+    labels = [
+        np.concatenate([a for a, _ in fan_out_of(digits)("assign", 0, found.centroids_KD)])
+        for k in sizes
+        for found in [kmeans.official(fan_out_of(digits), data, k, seed=0, iterations=10, redo=1)]
+    ]
+    found, moves = kmeans.warm(fan_out_of(new, shards), data, labels, sizes, nearest_of, spherical=spherical)
+    one, _ = kmeans.warm(fan_out_of(new, 2), data, labels, sizes, nearest_of, spherical=spherical, moves=0)
+    same, _ = kmeans.warm(fan_out_of(new, 2), data, labels, sizes, nearest_of, spherical=spherical)
+    assert 2 < moves <= kmeans.MOVES
+    for i, k in enumerate(sizes):
+        assert found[i].centroids_KD.shape == (k, 64)
+        np.testing.assert_array_equal(found[i].centroids_KD, same[i].centroids_KD)
+        cold = kmeans.official(fan_out_of(new), data, k, seed=0, iterations=20, redo=1, spherical=spherical)
+        reached, before, fresh = (objective_of(new, c.centroids_KD) for c in (found[i], one[i], cold))
+        assert reached < before
+        assert reached < 1.01 * fresh
+
+
+def test_moves_end_when_rows_stay(digits: np.ndarray) -> None:
+    found = kmeans.official(fan_out_of(digits), data_of(digits), 30, seed=0, iterations=60, redo=1)
+    label = np.concatenate([a for a, _ in fan_out_of(digits)("assign", 0, found.centroids_KD)])
+    (again,), moves = kmeans.warm(fan_out_of(digits), data_of(digits), [label], [30], nearest_of)
+    assert moves == 1
+    np.testing.assert_allclose(again.centroids_KD, found.centroids_KD, atol=1e-6)
 
 
 def test_fewer_rows_than_clusters_is_refused(digits: np.ndarray) -> None:
     few = digits[:9]
     for call in (
         lambda: kmeans.official(fan_out_of(few), data_of(few), 10, seed=0, iterations=2, redo=1),
-        lambda: kmeans.warm(fan_out_of(few), data_of(few), np.arange(9), 10, iterations=1),
+        lambda: kmeans.warm(fan_out_of(few), data_of(few), [np.arange(9)], [10], nearest_of),
     ):
         with pytest.raises(ValueError, match=r"10 clusters of 9 rows: give 1 \.\. 9"):
             call()

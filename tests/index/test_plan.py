@@ -40,9 +40,9 @@ def test_sizes_are_those_of_a_counted_run(shards: int) -> None:
 
 def test_warm_sizes() -> None:
     mining = MiningConfig(shards=2, init="warm", iterations=3, redo=2)
-    _, metrics = snapshot_of(Needs(clusterings=(50,)), mining, times=2)
-    made = plan(ROWS, DIM, (50,), 2, warm=True)
-    assert made.passes == 3
+    _, metrics = snapshot_of(Needs(clusterings=(50, 30)), mining, times=2)
+    made = plan(ROWS, DIM, (50, 30), 2, warm=True, moves=int(metrics["index/moves"]))
+    assert made.passes == 4
     assert made.call_seconds == pytest.approx(0.013 * metrics["calls"])
     assert made.sent_bytes == pytest.approx(metrics["mining/bytes_sent"], rel=0.03)
     assert made.received_bytes == pytest.approx(metrics["mining/bytes_received"], rel=0.03)
