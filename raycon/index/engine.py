@@ -32,6 +32,8 @@ _CENTROIDS = 4096
 """Centroids compared at a time by torch: bounds its scores to 16 MB on a CPU, 256 MB on a GPU."""
 _CPU_SCORES = 4 * 2**20
 """Scores of a search at a time on a CPU: 16 MB."""
+_QUERIES = 8192
+"""Queries searched at a time."""
 _GPU_SEARCH = 65536
 """Rows searched at a time on a GPU: 256 MB of scores for 1024 queries."""
 _DISTRIBUTIONS = (
@@ -142,6 +144,10 @@ class TorchEngine:
     def search(
         self, queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], count: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if len(queries_QD) > _QUERIES:  # bounds the scores held
+            starts = range(0, len(queries_QD), _QUERIES)
+            found = [self.search(queries_QD[start : start + _QUERIES], rows_ND, count) for start in starts]
+            return np.concatenate([sqdist for sqdist, _ in found]), np.concatenate([position for _, position in found])
         queries = torch.tensor(queries_QD, device=self.device)
         if self.device.type == "cpu" and _has_numba():
             best, position = self._search_compiled(queries, rows_ND, count)

@@ -18,11 +18,22 @@ def made(rows: int, columns: int, dim: int = 12, seed: int = 0) -> tuple[np.ndar
     return x, c, ((x[:, None].astype(np.float64) - c[None]) ** 2).sum(-1)
 
 
-@pytest.fixture(params=["faiss", "torch"])
-def engine(request: pytest.FixtureRequest) -> Engine:
+@pytest.fixture(params=["faiss", "compiled", "torch"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
     if request.param == "faiss":
         pytest.importorskip("faiss")
-    return load(request.param)
+        return load("faiss")
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    monkeypatch.setattr(engines, "_has_numba", lambda: request.param == "compiled")
+    return load("torch")
+
+
+def test_auto_needs_faiss_only_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    for numba, name in ((True, "torch"), (False, "faiss")):
+        monkeypatch.setattr(engines, "_has_numba", lambda numba=numba: numba)
+        assert load("auto").name == name
 
 
 @pytest.mark.parametrize("columns", [1, 2, 300, 5000])  # 5000: more than are compared at a time
@@ -56,6 +67,7 @@ def test_weights_move_the_choice_and_not_the_distance() -> None:
 @pytest.mark.parametrize(("rows", "count"), [(5, 5), (300, 1), (300, 7), (3000, 25), (9000, 40)])
 def test_search(engine: Engine, rows: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_CPU_SCORES", 100_000)  # several blocks
+    monkeypatch.setattr(engines, "_QUERIES", 70)
     x, queries, sqdist = made(rows, 90)
     found, position = engine.search(queries, x, count)
     wanted = np.argsort(sqdist, axis=0, kind="stable")[:count].T
