@@ -497,7 +497,7 @@ def measure(quick: bool) -> list[Row]:
         *warm_start(
             [x[:10_000] if quick else x, simulated(x[:10_000] if quick else x)], "simulated drift", 1 if quick else 3
         ),
-        *warm_start(trained(*((10_240, 5, 3) if quick else (20_480, 16, 8))), "real drift", 1 if quick else 3),
+        *warm_start(trained(*((8_192, 4, 3) if quick else (20_480, 16, 8))), "real drift", 1 if quick else 3),
         *half_precision(x, repeats),
         *nearest(x, 2048 if quick else 10_000, repeats),
         *all_pairs(x, "Fashion-MNIST" if FASHION.exists() else "made up", 1 if quick else 3),
