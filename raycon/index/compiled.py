@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _compiled: Any = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy")
+_reordered: Any = functools.partial(_compiled, fastmath={"reassoc", "contract"})
+"""For sums that may be added up in vectors."""
 _CHUNK = 128
 """Scores tested at once for any that is near enough: the test is vectorised, what follows is rare."""
 
@@ -82,7 +84,7 @@ def keep_nearest(
                     limit = best[0]
 
 
-@functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@_reordered
 def choose_near(
     rows_ND: NDArray[np.float32],
     label_N: NDArray[np.int64],
