@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raycon.core import program
 from raycon.core.address import fetched
 from raycon.core.config import ConfigError, DataConfig
 
@@ -58,29 +59,15 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns the exit status: 0 done, 1 it failed, 2 the request was wrong, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
-    try:
-        checkpoint, options = read(arguments)
-        sys.stdout.write(run(checkpoint, options))
-        return 0
-    except ConfigError as error:
-        if debug:
-            raise
-        sys.stderr.write(f"raycon.embed: {error}\n")
-        return 2
-    except (RuntimeError, OSError, ValueError) as error:
-        if debug:
-            raise
-        sys.stderr.write(f"raycon.embed: {type(error).__name__}: {error}\n{_KEPT}(--debug shows where)\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"raycon.embed: stopped. {_KEPT}")
-        return 130
+    return program.run("raycon.embed", answer, argv, kept=_KEPT)
 
 
-_KEPT = "Finished parts are kept: the same command goes on with the others.\n"
+_KEPT = "Finished parts are kept: the same command goes on with the others."
+
+
+def answer(arguments: list[str]) -> int:
+    sys.stdout.write(run(*read(arguments)))
+    return 0
 
 
 # --- the command line -------------------------------------------------------------------------------------------
@@ -116,12 +103,10 @@ def defaults(checkpoint: Path, dataset: str) -> Options:
     if not checkpoint.exists():
         raise ConfigError([f"{checkpoint}: no such run, checkpoint or file"])
     data, name, root = None, dataset, ""
-    for folder in (checkpoint, checkpoint.resolve().parent.parent):
-        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
-            from raycon.pretrain import read_yaml
+    if (run_dir := program.run_of(checkpoint)) is not None:
+        from raycon.methods import read_config
 
-            data = read_yaml(folder / "config.yaml").data
-            break
+        data = read_config(run_dir / "config.yaml").data
     if Path(dataset).is_dir() and dataset not in importlib.import_module("raycon.data_loaders.datasets").names():
         name, root = "image-folder", str(Path(dataset).absolute())
     if data is None:

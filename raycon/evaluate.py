@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from raycon.core import program
 from raycon.core.address import fetched
@@ -100,7 +100,7 @@ def read(arguments: list[str]) -> tuple[Path, list[Task], Options]:
                  if getattr(options, n) < 1]  # fmt: skip
     if not tasks and not problems:
         problems.append(f"no evaluation asked for: give one or more of {', '.join(names())}")
-    run_dir = run_of(Path(words[0]))
+    run_dir = program.run_of(Path(words[0]))
     if run_dir is None:
         problems += [f"--{name} goes with a run directory, {words[0]} is none" for name in ("every", "controls")
                      if getattr(options, name)]  # fmt: skip
@@ -109,26 +109,18 @@ def read(arguments: list[str]) -> tuple[Path, list[Task], Options]:
     return Path(words[0]), tasks, options
 
 
-def run_of(place: Path) -> Path | None:
-    """The run directory that a path is or belongs to, None when it is a file of weights."""
-    for folder in (place, place.resolve().parent.parent):
-        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
-            return folder
-    return None
-
-
 def defaults(place: Path) -> Options:
     """The options of the run that ``place`` belongs to; else the general ones with images of 224 pixels."""
     if not place.exists():
         raise ConfigError([f"{place}: no such run, checkpoint or file"])
-    run_dir = run_of(place)
+    run_dir = program.run_of(place)
     if run_dir is None:
         if place.is_dir() and not any((place / n).is_file() for n in ("model.safetensors", "state.json")):
             raise ConfigError([f"{place} is neither a run, nor a checkpoint, nor a folder with model.safetensors"])
         return Options(data=DataConfig(name=""))
-    from raycon.pretrain import read_yaml
+    from raycon.methods import read_config
 
-    config = read_yaml(run_dir / "config.yaml")
+    config = read_config(run_dir / "config.yaml")
     return Options(data=config.data, evals=config.evals, seed=config.seed, threads=config.scaling.threads)
 
 
@@ -168,13 +160,13 @@ def store_of(place: Path, options: Options) -> Store | None:
     """
     from raycon.core.address import is_address, working_folder
 
-    run_dir = run_of(place)
+    run_dir = program.run_of(place)
     if run_dir is None or options.out:
         return None
-    from raycon.evals import on_checkpoint
+    from raycon.methods import read_config
     from raycon.training import storage
 
-    address = on_checkpoint.read_config(run_dir).run.dir
+    address = read_config(run_dir / "config.yaml").run.dir
     if not is_address(address) or run_dir.resolve() != working_folder(address).resolve():
         return None
     store = storage.Store(address)
@@ -197,13 +189,14 @@ def out_problems(file: Path) -> list[str]:
 def subjects(place: Path, options: Options) -> list[Subject]:
     """What is evaluated, in order. Raises ConfigError when it cannot be read."""
     from raycon.evals import on_checkpoint
+    from raycon.methods import read_config
     from raycon.training import checkpoint
 
-    run_dir = run_of(place)
+    run_dir = program.run_of(place)
     if run_dir is None:
         return [of_file(place, options)]
     config = dataclasses.replace(
-        on_checkpoint.read_config(run_dir), data=options.data, evals=options.evals, seed=options.seed
+        read_config(run_dir / "config.yaml"), data=options.data, evals=options.evals, seed=options.seed
     )
     if options.every:
         paths = checkpoint.steps(run_dir / "checkpoints")
@@ -228,7 +221,7 @@ def subjects(place: Path, options: Options) -> list[Subject]:
 def of_file(place: Path, options: Options) -> Subject:
     """The encoder in a file of weights."""
     from raycon.evals.on_checkpoint import Subject
-    from raycon.training.interop import FileError, load_encoder
+    from raycon.training.interop import FileError, load_encoder, preparation
 
     try:
         encoder, about = load_encoder(place)
@@ -236,18 +229,16 @@ def of_file(place: Path, options: Options) -> Subject:
         raise ConfigError([str(error)]) from None
     if not options.data.name:
         raise ConfigError([f"{place} does not say which images to use: give --data.name"])
-    known: dict[str, Any] = dict(about.facts.get("preprocessing") or {})
-    gray = about.channels == 1
-    mean = tuple(known.get("mean") or ((0.5,) if gray else (0.485, 0.456, 0.406)))
-    std = tuple(known.get("std") or ((0.5,) if gray else (0.229, 0.224, 0.225)))
-    if "mean" not in known:
-        logger.warning("%s does not say how its images were normalised: taken are mean %s, std %s", place, mean, std)
-    size = int(known.get("size") or 224) if options.data.size == DataConfig().size else options.data.size
+    known = preparation(about)
+    if not known.known:
+        logger.warning("%s does not say how its images were normalised: taken are mean %s, std %s",
+                       place, known.mean, known.std)  # fmt: skip
+    size = known.size if options.data.size == DataConfig().size else options.data.size
     config = RunConfig(seed=options.seed, data=dataclasses.replace(options.data, size=size), evals=options.evals)
     beside = place / "evaluations.json" if place.is_dir() else place.with_name(place.name + ".evaluations.json")
     entry = {"step": int(about.facts.get("step") or 0), "epoch": int(about.facts.get("epochs") or 0)}
     return Subject(
-        config=config, own="", encoder=encoder, mean=mean, std=std, entry=entry | {"checkpoint": place.name},
+        config=config, own="", encoder=encoder, mean=known.mean, std=known.std, entry=entry | {"checkpoint": place.name},
         file=Path(options.out) if options.out else beside,
         cache=Path(options.data.cache or Path.home() / ".cache" / "raycon"),
     )  # fmt: skip

@@ -86,11 +86,6 @@ Group = tuple[str, bool]
 # --- what is evaluated ------------------------------------------------------------------------------------------
 
 
-def read_config(run_dir: Path) -> RunConfig:
-    """The resolved configuration of a run. Raises ConfigError when there is none, or it is damaged."""
-    return methods.read_config(run_dir / "config.yaml")
-
-
 def of_run(run_dir: Path, checkpoint: Path, config: RunConfig | None = None) -> Subject:
     """A checkpoint of a run; ``config``: its own with other ``evals.*`` and ``data.*`` for the evaluation.
 
@@ -99,7 +94,7 @@ def of_run(run_dir: Path, checkpoint: Path, config: RunConfig | None = None) -> 
     from raycon.training import checkpoint as checkpoints  # siblings on this floor: the file format, the data
     from raycon.training import job
 
-    own = read_config(run_dir)
+    own = methods.read_config(run_dir / "config.yaml")
     saved = checkpoints.load(checkpoint)
     train = job.open_data(own)
     return Subject(
@@ -144,7 +139,7 @@ class Pixels(nn.Module):
 
 def controls_of(subject: Subject, run_dir: Path) -> list[Subject]:
     """Raw pixels and the encoder before training in place of the encoder: what any result is held against."""
-    own = read_config(run_dir)
+    own = methods.read_config(run_dir / "config.yaml")
     train, _ = open_sets(own)
     encoders: dict[str, nn.Module] = {
         "pixels": Pixels(subject.mean, subject.std, own.data.size),

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from raycon import methods
 from raycon.core import stream
 from raycon.core.config import RunConfig
 from raycon.core.types import Images, LoaderPlan, Mined, Snapshot
@@ -84,7 +85,7 @@ def gather(run_dir: Path, rows: int = 0, device: torch.device | None = None) -> 
     if path is None:
         raise ValueError(f"{run_dir} has no readable checkpoint{': ' + refused[0] if refused else ''}")
     saved = checkpoint.load(path)
-    config = on_checkpoint.read_config(run_dir)
+    config = methods.read_config(run_dir / "config.yaml")
     train, test = on_checkpoint.open_sets(config)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = job.build_method(config, job.facts_of(config, train, 1), len(train.mean))

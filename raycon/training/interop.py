@@ -80,7 +80,7 @@ def _of_checkpoint(path: Path) -> tuple[nn.Module, About]:
     run_dir = path.parent.parent
     if not (run_dir / "config.yaml").is_file():
         raise FileError(f"{run_dir}: no config.yaml, which says what network {path.name} is of; keep the run together")
-    config = read_config(run_dir)
+    config = methods.read_config(run_dir / "config.yaml")
     for prefix in ("student.encoder.", "network."):
         state = {k[len(prefix) :]: v for k, v in saved.model.items() if k.startswith(prefix)}
         if state:
@@ -170,11 +170,6 @@ def _folder_card(folder: Path) -> dict[str, Any]:
         name = str(content["architecture"])
         return {"encoder": {"name": name if name in networks._RESNETS else f"timm:{name}"}}
     return {}
-
-
-def read_config(run_dir: Path) -> RunConfig:
-    """The configuration of a run. Raises ConfigError when it is damaged or has options that are not known."""
-    return methods.read_config(run_dir / "config.yaml")
 
 
 def _evaluations(run_dir: Path, step: int) -> dict[str, float]:

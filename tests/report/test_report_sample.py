@@ -16,11 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from raycon import report
+from raycon import methods, report
 from raycon.core.config import override, save_yaml
 from raycon.core.types import Snapshot
 from raycon.data_loaders.datasets import open_dataset
-from raycon.evals import on_checkpoint
 from raycon.nn import optim, views
 from raycon.recipes import recipe
 from raycon.report import board, panel_file, panels, sample
@@ -101,7 +100,7 @@ def test_clusters_are_counted_over_all_rows(gathered: tuple[Path, panel_file.Pan
 
 def test_retrieval_is_that_of_the_encoder(gathered: tuple[Path, panel_file.Panels]) -> None:
     run_dir, found = gathered
-    config = on_checkpoint.read_config(run_dir)
+    config = methods.read_config(run_dir / "config.yaml")
     test = open_dataset("digits", split="test")
     method = job.build_method(config, job.facts_of(config, test, 1), 1)
     method.load_state_dict(checkpoint.load(run_dir / "checkpoints" / "last").model)

@@ -85,7 +85,7 @@ def imported(tmp_path: Path, content: Any, wanted: RunConfig) -> tuple[dict[str,
     """Import a file and read the run back: (its tensors, momentum by the method's names, what import_run said)."""
     torch.save(content, tmp_path / "paper.pth")
     said = interop.import_run(tmp_path / "paper.pth", wanted, tmp_path / "run")
-    made = interop.read_config(tmp_path / "run")
+    made = methods.read_config(tmp_path / "run" / "config.yaml")
     dataset = job.open_data(made)
     method = job.build_method(made, job.facts_of(made, dataset, 1), 1)
     saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "last")
