@@ -50,8 +50,6 @@ class Options:
     """ray: each evaluation is a task of the cluster of RAY_ADDRESS, or of one started here; local: one after the other."""
     shards: int = 1
     """Ray tasks that share the extraction of a data set's features."""
-    workers: int = 1
-    """Ray Train workers of an evaluation that trains on several (detection)."""
     threads: int = 1
     """CPU threads of each task."""
     every: bool = False
@@ -96,7 +94,7 @@ def read(arguments: list[str]) -> tuple[Path, list[Task], Options]:
     except ConfigError as error:
         problems += error.problems
     problems += evaluation_problems(options.evals)
-    problems += [f"{n} = {getattr(options, n)}: give 1 or more" for n in ("shards", "workers", "threads")
+    problems += [f"{n} = {getattr(options, n)}: give 1 or more" for n in ("shards", "threads")
                  if getattr(options, n) < 1]  # fmt: skip
     if not tasks and not problems:
         problems.append(f"no evaluation asked for: give one or more of {', '.join(names())}")
@@ -128,29 +126,54 @@ def defaults(place: Path) -> Options:
 
 
 def run(place: Path, tasks: list[Task], options: Options) -> int:
-    """Evaluate, keep the numbers, print the table."""
+    """Evaluate, keep the numbers, print the table. Under torchrun all ranks do together what trains on several ranks
+    (detection); then rank 0 does the rest alone, and is the one that keeps and prints."""
+    import torch.distributed
+
+    from raycon.core import dist
     from raycon.evals import on_checkpoint
+    from raycon.training.runtime import join_torchrun
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.runtime == "ray":
+        raise ConfigError(["runtime = ray: under torchrun give --runtime local, or --evals.workers N without torchrun"])
     store = store_of(place, options)
     made = subjects(place, options)
+    if not options.data.name and any(not t.data and not on_checkpoint.without_data(t, options.evals) for t in tasks):
+        raise ConfigError([f"{place} does not say which images to use: give --data.name"])
     if problems := on_checkpoint.problems(made[0], tasks) + out_problems(made[0].file):
         raise ConfigError(problems)
     run_tasks = on_ray(options) if options.runtime == "ray" else here(options)
+    join_torchrun()
+    failed, first = False, dist.rank() == 0
+    if dist.world() > 1:
+        together = [t for t in tasks if on_checkpoint.on_several(t, options.evals)]
+        failed = evaluated(made, together, run_tasks, first, store)
+        tasks = [t for t in tasks if t not in together]
+        torch.distributed.destroy_process_group()
+    if first:
+        failed |= evaluated(made, tasks, run_tasks, first, store)
+        sys.stdout.write(f"kept in {made[0].file if store is None else f'{store.address}/{made[0].file.name}'}\n")
+    return int(failed)
+
+
+def evaluated(made: list[Subject], tasks: list[Task], run_tasks: RunTasks, tell: bool, store: Store | None) -> bool:
+    """Run the tasks on each subject; with ``tell`` keep and print the numbers. Did any fail?"""
+    from raycon.evals import on_checkpoint
+
     failed = False
-    for subject in made:
-        label = subject.entry.get("control") or subject.entry["checkpoint"]
-        with progress(str(label), len(set(tasks))) as done:
+    for subject in made if tasks else []:
+        label = str(subject.entry.get("control") or subject.entry["checkpoint"])
+        with progress(label if tell else "", len(set(tasks))) as done:
             outcome = run_tasks(subject, tasks, done)
-        on_checkpoint.keep(subject, outcome)
-        sys.stdout.write(table(str(label), outcome))
         failed |= bool(outcome.failed)
-        if store is not None:
-            for file in (subject.file, subject.metrics):
+        if tell:
+            on_checkpoint.keep(subject, outcome)
+            sys.stdout.write(table(label, outcome))
+            for file in (subject.file, subject.metrics) if store is not None else ():
                 if file is not None and file.exists():
                     store.put(file, file.name)
-    sys.stdout.write(f"kept in {made[0].file if store is None else f'{store.address}/{made[0].file.name}'}\n")
-    return int(failed)
+    return failed
 
 
 def store_of(place: Path, options: Options) -> Store | None:
@@ -227,8 +250,6 @@ def of_file(place: Path, options: Options) -> Subject:
         encoder, about = load_encoder(place)
     except FileError as error:
         raise ConfigError([str(error)]) from None
-    if not options.data.name:
-        raise ConfigError([f"{place} does not say which images to use: give --data.name"])
     known = preparation(about)
     if not known.known:
         logger.warning("%s does not say how its images were normalised: taken are mean %s, std %s",
@@ -255,7 +276,7 @@ def here(options: Options) -> RunTasks:
     from raycon.training.runtime import choose_device
 
     torch.set_num_threads(options.threads)
-    device = choose_device(0)
+    device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
     return lambda subject, tasks, done: on_checkpoint.run_here(subject, tasks, device, done)
 
 
@@ -267,11 +288,9 @@ def on_ray(options: Options) -> RunTasks:
     from raycon.on_ray import evaluate, trainer
 
     trainer.connect()
-    if problems := evaluate.placement_problems(options.evals, options.workers):
+    if problems := evaluate.placement_problems(options.evals):
         raise ConfigError(problems)
-    return lambda subject, tasks, done: evaluate.run(
-        subject, tasks, options.shards, options.workers, options.threads, done
-    )
+    return lambda subject, tasks, done: evaluate.run(subject, tasks, options.shards, options.threads, done)
 
 
 class Bar:
@@ -298,7 +317,7 @@ class Bar:
 
 
 def progress(label: str, total: int) -> AbstractContextManager[Done]:
-    return Bar(label, total) if sys.stderr.isatty() else nullcontext(lambda task, outcome: None)
+    return Bar(label, total) if label and sys.stderr.isatty() else nullcontext(lambda task, outcome: None)
 
 
 def table(label: str, outcome: Outcome) -> str:

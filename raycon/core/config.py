@@ -239,6 +239,8 @@ class EvalConfig:
     """CPUs that Ray sets aside for each evaluation's task; 0: it runs on what training leaves."""
     gpus: float = 0.0
     """GPUs of each task that runs the network: features, fine-tuning, the published linear protocols, detection."""
+    workers: int = 1
+    """Ray Train workers of an evaluation that trains on several (detection), each with ``cpus`` (at least 1) and ``gpus``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -640,7 +642,7 @@ def evaluation_problems(evals: EvalConfig) -> list[str]:
     """What is wrong with the numbers of ``evals.*`` beyond those of kNN."""
     found = at_least("evals.linear_epochs", evals.linear_epochs, 1) + at_least("evals.epochs", evals.epochs, 0)
     found += at_least("evals.iterations", evals.iterations, 0) + at_least("evals.retries", evals.retries, 0)
-    found += at_least("evals.shot_runs", evals.shot_runs, 1)
+    found += at_least("evals.shot_runs", evals.shot_runs, 1) + at_least("evals.workers", evals.workers, 1)
     found += [f"evals.shots has {k}: give 1 or more" for k in evals.shots if k < 1]
     found += [f"evals.svm_costs has {c}: give numbers above 0" for c in evals.svm_costs if not c > 0]
     if not evals.svm_costs:

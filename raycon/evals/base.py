@@ -92,6 +92,9 @@ class Source:
     """Helper processes that read images."""
     more: Any = None
     """A validation split, where it belongs to train by the protocols."""
+    unfinished: Path | None = None
+    """Where a long training keeps its state until it has ended, so that a retry goes on; every node sees it. None:
+    nothing is kept."""
 
 
 class Evaluation(Protocol):
@@ -207,9 +210,11 @@ def run_all(
 ) -> Outcome:
     """Run evaluations one after another on the same data; one that crashes takes no other down.
 
-    A crash is tried ``evals.retries`` times more. A number that is not finite counts as a crash of its evaluation.
+    A crash is tried ``evals.retries`` times more; on several ranks it is raised. A number that is not finite counts as a crash of its evaluation.
     Raises ConfigError for an unknown name (before anything runs) and ValueError for features no evaluation could use.
     """
+    from raycon.core import dist  # not above: names are listed without torch
+
     tasks = [t for name in wanted for t in (parse([name]) if isinstance(name, str) else [name])]
     for task in tasks:
         build(task, config, seed)
@@ -223,6 +228,8 @@ def run_all(
                 outcome.results.update(run_one(task, config, seed, sets, source))
                 break
             except Exception as error:  # whatever it is, the other evaluations and the training must go on
+                if dist.world() > 1:
+                    raise  # the other ranks wait in a collective: who started them ends and restarts all together
                 if attempt == config.retries or not worth_repeating(error):
                     outcome.add(failure(task, error))
                     break

@@ -1,10 +1,10 @@
-"""Detection data in COCO's layout or Pascal VOC's, and COCO's average precision.
+"""Detection data in COCO's layout or Pascal VOC's, and the average precisions of both.
 
     FOLDER/annotations/instances_train*.json, instances_val*.json; the pictures in FOLDER/train*, FOLDER/val*
     FOLDER/VOC2007, FOLDER/VOC2012 (VOCdevkit): train on 07 + 12 trainval, test on 07 test; difficult objects are not
     trained on and neither right nor wrong in the test
 
-Boxes are (x1, y1, x2, y2) in pixels, x2 and y2 exclusive. Shape letters: O objects, H W height and width.
+Boxes are (x1, y1, x2, y2) in pixels, x2 and y2 exclusive. Shape letters: O objects, R results, H W height and width.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raycon.core.config import ConfigError
@@ -35,6 +36,8 @@ class Pictures:
     """As a COCO annotation file: images, annotations, categories."""
     by_image: dict[int, list[dict[str, Any]]]
     """The annotations of each image."""
+    voc: bool = False
+    """Pascal VOC's: difficult objects are marked as crowds."""
 
     @property
     def categories(self) -> list[int]:
@@ -109,7 +112,7 @@ def _coco(root: Path, split: str, masks: bool) -> Pictures:
         raise ConfigError([f"{found[0]} is no COCO annotation file: {type(error).__name__}: {error}"]) from None
 
 
-def _checked(folder: Path, content: dict[str, Any], name: str, masks: bool) -> Pictures:
+def _checked(folder: Path, content: dict[str, Any], name: str, masks: bool, voc: bool = False) -> Pictures:
     known, categories = {i["id"] for i in content["images"]}, {c["id"] for c in content["categories"]}
     by_image: dict[int, list[dict[str, Any]]] = {}
     for annotation in content["annotations"]:
@@ -121,7 +124,7 @@ def _checked(folder: Path, content: dict[str, Any], name: str, masks: bool) -> P
     for image in content["images"]:
         if Path(image["file_name"]).is_absolute() or ".." in Path(image["file_name"]).parts:
             raise ValueError(f"image {image['id']}: {image['file_name']!r} leads out of the folder")
-    pictures = Pictures(folder, content, by_image)
+    pictures = Pictures(folder, content, by_image, voc)
     if not content["images"] or not pictures.trainable():
         raise ValueError(f"no image with an object in {name}")
     return pictures
@@ -161,7 +164,7 @@ def _voc(root: Path, parts: list[tuple[str, str]]) -> Pictures:
         annotation["category_id"] = order[str(annotation["category_id"])]
     content = {"images": images, "annotations": annotations}
     content["categories"] = [{"id": i, "name": name} for name, i in order.items()]
-    return _checked(root, content, "VOCdevkit", masks=False)
+    return _checked(root, content, "VOCdevkit", masks=False, voc=True)
 
 
 # --- pycocotools ------------------------------------------------------------------------------------------------
@@ -224,3 +227,68 @@ def average_precision(truth: Pictures, found: list[dict[str, Any]], kind: str) -
         evaluation.summarize()
     ap, ap50, ap75 = (100.0 * float(v) for v in evaluation.stats[:3])
     return {"ap": ap, "ap50": ap50, "ap75": ap75}
+
+
+# --- Pascal VOC's kit -------------------------------------------------------------------------------------------
+
+
+def voc_average_precision(truth: Pictures, found: list[dict[str, Any]]) -> dict[str, float]:
+    """VOC2007's average precision (11 points) in percent as MoCo's tables have it: "voc_ap50", "voc_ap75", and "voc_ap",
+    the mean over IoU above 0.5, 0.55, ... 0.95. The mean over the classes that have an object to find.
+
+    found: image_id, category_id, score and bbox (x, y, w, h) each. A result is held against the object it covers best:
+    right when it is the first to; one of a difficult object is neither right nor wrong.
+    """
+    aps = []
+    for category in truth.categories:
+        objects = [a for a in truth.content["annotations"] if a["category_id"] == category]
+        wanted = sum(not a["iscrowd"] for a in objects)
+        if wanted:
+            mine = sorted((f for f in found if f["category_id"] == category), key=lambda f: -f["score"])
+            cover_R, object_R = _best_object(mine, objects)
+            hard_R = np.array([i >= 0 and bool(objects[i]["iscrowd"]) for i in object_R], dtype=bool)
+            aps.append([_eleven_points(cover_R > iou, object_R, hard_R, wanted) for iou in _IOUS])
+    if not aps:
+        raise ValueError("no object to find in the test images but difficult ones")
+    mean = 100.0 * np.mean(aps, axis=0)
+    return {"voc_ap": float(mean.mean()), "voc_ap50": float(mean[0]), "voc_ap75": float(mean[5])}
+
+
+_IOUS = np.arange(50, 100, 5) / 100
+
+
+def _best_object(
+    found: list[dict[str, Any]], objects: list[dict[str, Any]]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """For each of R results its largest IoU with an object of its image, and which; (0, -1) where there is none."""
+    by_image: dict[int, list[int]] = {}
+    for i, one in enumerate(objects):
+        by_image.setdefault(one["image_id"], []).append(i)
+    cover_R, object_R = np.zeros(len(found)), np.full(len(found), -1)
+    for r, one in enumerate(found):
+        if near := by_image.get(one["image_id"]):
+            iou_O = _iou(one["bbox"], np.array([objects[i]["bbox"] for i in near], dtype=np.float64))
+            best = int(iou_O.argmax())
+            cover_R[r], object_R[r] = iou_O[best], near[best]
+    return cover_R, object_R
+
+
+def _iou(box: Any, box_O4: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(O,) of boxes (x, y, w, h)."""
+    x, y, w, h = (float(v) for v in box)
+    across = np.minimum(x + w, box_O4[:, 0] + box_O4[:, 2]) - np.maximum(x, box_O4[:, 0])
+    down = np.minimum(y + h, box_O4[:, 1] + box_O4[:, 3]) - np.maximum(y, box_O4[:, 1])
+    shared = across.clip(0) * down.clip(0)
+    return np.asarray(shared / (w * h + box_O4[:, 2] * box_O4[:, 3] - shared))
+
+
+def _eleven_points(
+    hit_R: NDArray[np.bool_], object_R: NDArray[np.int64], hard_R: NDArray[np.bool_], wanted: int
+) -> float:
+    """0 to 1, of results in the order of their scores."""
+    hit_R, hard_R = hit_R & ~hard_R, hit_R & hard_R
+    first_R = np.zeros(len(hit_R), dtype=bool)
+    first_R[np.flatnonzero(hit_R)[np.unique(object_R[hit_R], return_index=True)[1]]] = True
+    right, wrong = np.cumsum(first_R), np.cumsum(~first_R & ~hard_R)
+    precision = right / np.maximum(right + wrong, 1)
+    return float(np.mean([precision[10 * right >= t * wanted].max(initial=0.0) for t in range(11)]))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from raycon import methods
 from raycon.core import log
-from raycon.core.config import ConfigError, Facts, RunConfig, from_dict, to_dict
+from raycon.core.config import ConfigError, EvalConfig, Facts, RunConfig, from_dict, to_dict
 from raycon.core.stream import shard_range
 from raycon.evals import features
 from raycon.evals.base import (
@@ -74,8 +74,8 @@ class Subject:
         return task.data or self.config.data.name
 
     def named(self, task: Task) -> Task:
-        """The task as its numbers are named: without the data set when it is the encoder's own."""
-        data = self.data(task)
+        """The task as its numbers are named: without the data set when it is the encoder's own, or it has no use for one."""
+        data = "" if without_data(task, self.config.evals) else self.data(task)
         return task._replace(data="" if data == self.own else data)
 
 
@@ -198,7 +198,7 @@ def open_source(subject: Subject, name: str, members: Iterable[Task], device: to
     Raises ConfigError when the data are not here or do not fit the encoder.
     """
     train = test = more = None
-    if not all(getattr(build(task, subject.config.evals), "without_data", False) for task in members):
+    if not all(without_data(task, subject.config.evals) for task in members):
         config = config_for(subject, name)
         train, test = open_sets(config)
         # Where the protocols' sets have a validation split, everyone trains on train and validation.
@@ -209,6 +209,7 @@ def open_source(subject: Subject, name: str, members: Iterable[Task], device: to
     return Source(
         encoder=subject.encoder, train=train, test=test, more=more, size=subject.config.data.size, mean=subject.mean,
         std=subject.std, device=device, cache=subject.cache, workers=subject.config.data.workers,
+        unfinished=subject.file.parent / ".unfinished",
     )  # fmt: skip
 
 
@@ -277,6 +278,16 @@ def problems(subject: Subject, tasks: Iterable[Task]) -> list[str]:
         for task in members:
             found += getattr(build(task, subject.config.evals), "problems", list)()
     return list(dict.fromkeys(found))
+
+
+def without_data(task: Task, evals: EvalConfig) -> bool:
+    """Does it bring its images itself (detection)?"""
+    return bool(getattr(build(task, evals), "without_data", False))
+
+
+def on_several(task: Task, evals: EvalConfig) -> bool:
+    """Does it train on several ranks, where there are several?"""
+    return bool(getattr(build(task, evals), "distributed", False))
 
 
 def run_here(

@@ -123,10 +123,13 @@ class Detection:
     """Channels of the pyramid's maps and of the mask head; the box head's layers have 4 times as many."""
     regions: int = 512
     """Regions per image that the box head is trained with."""
-    proposals: tuple[int, int] = (2000, 1000)
-    """Most proposals per image in training and in test."""
+    before_nms: tuple[int, int] = (2000, 1000)
+    """Best proposals (of each level) that enter the suppression of overlapping ones, in training and in test."""
+    proposals: tuple[int, int] = (1000, 1000)
+    """Most proposals per image after it, in training and in test."""
 
 
+_C4_BEFORE, _C4_AFTER = (12_000, 6_000), (2_000, 1_000)
 _VOC_SIDES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 
 DETECTION: dict[str, Detection] = {
@@ -134,21 +137,23 @@ DETECTION: dict[str, Detection] = {
         source="Detectron2's COCO R50-FPN 1x", head="fpn", iterations=90_000, lr=0.02, milestones=(60_000, 80_000)
     ),
     "c4-2x": Detection(
-        source="MoCo's COCO R50-C4 2x", head="c4", iterations=180_000, lr=0.02, milestones=(120_000, 160_000)
+        source="MoCo's COCO R50-C4 2x", head="c4", iterations=180_000, lr=0.02, milestones=(120_000, 160_000),
+        before_nms=_C4_BEFORE, proposals=_C4_AFTER,
     ),
     "c4-sce": Detection(
         source="the COCO R50-C4 2x of SCE's table (Truncated Triplet's)", head="c4", iterations=180_000, lr=0.05,
         schedule="cosine", warmup=10_000, warmup_factor=1e-4, longest=1200,
-        train_sides=(640, 672, 704, 736, 768, 800, 832, 864, 880),
+        train_sides=(640, 672, 704, 736, 768, 800, 832, 864, 880), before_nms=_C4_BEFORE, proposals=_C4_AFTER,
     ),
     "c4-voc": Detection(
         source="MoCo's VOC07+12 R50-C4 24k, boxes only", head="c4", iterations=24_000, lr=0.02,
-        milestones=(18_000, 22_000), warmup=100, train_sides=_VOC_SIDES, masks=False,
+        milestones=(18_000, 22_000), warmup=100, train_sides=_VOC_SIDES, masks=False, before_nms=_C4_BEFORE,
+        proposals=_C4_AFTER,
     ),
     "tiny": Detection(
         source="own: pictures of 64 pixels or so, to try things", head="fpn", iterations=150, lr=0.02, batch=4,
         warmup=10, train_sides=(64,), test_side=64, longest=128, anchors=(8, 16, 32, 64, 128), weight_decay=1e-5,
-        maps=32, regions=32, proposals=(100, 50),
+        maps=32, regions=32, before_nms=(100, 50), proposals=(100, 50),
     ),
 }  # fmt: skip
 

@@ -34,11 +34,11 @@ def build(
 
     encoder, channels = copy.deepcopy(encoder).cpu().requires_grad_(True), len(mean)
     ratios, maps = (0.5, 1.0, 2.0), protocol.maps
-    in_training, in_test = protocol.proposals
     parts: dict[str, Any] = {
         "min_size": protocol.train_sides, "max_size": protocol.longest, "image_mean": list(mean), "image_std": list(std),
-        "box_batch_size_per_image": protocol.regions, "rpn_pre_nms_top_n_train": in_training,
-        "rpn_post_nms_top_n_train": in_training, "rpn_pre_nms_top_n_test": in_test, "rpn_post_nms_top_n_test": in_test,
+        "box_batch_size_per_image": protocol.regions,
+        "rpn_pre_nms_top_n_train": protocol.before_nms[0], "rpn_pre_nms_top_n_test": protocol.before_nms[1],
+        "rpn_post_nms_top_n_train": protocol.proposals[0], "rpn_post_nms_top_n_test": protocol.proposals[1],
     }  # fmt: skip
     if protocol.head == "fpn":
         body: nn.Module = Pyramid(encoder, channels, maps)

@@ -6,9 +6,11 @@ same pieces as in raycon/evals/on_checkpoint.py, elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import tempfile
+import shutil
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,7 +28,6 @@ from raycon.evals import on_checkpoint
 from raycon.evals.base import (
     Outcome,
     Task,
-    build,
     failure,
     needs_features,
     parse,
@@ -45,15 +46,14 @@ def run(
     subject: Subject,
     tasks: Iterable[Task],
     shards: int = 1,
-    workers: int = 1,
     threads: int = 1,
     done: Done | None = None,
 ) -> Outcome:
     """Run the tasks on the cluster this process is connected to, as many at a time as ``evals.cpus`` and ``evals.gpus``
     allow. A number does not depend on where it was made.
 
-    shards: extraction tasks per data set. workers: Ray Train workers of an evaluation that trains on several
-    (detection). threads: CPU threads of each task. done: called here when a task has ended.
+    shards: extraction tasks per data set. threads: CPU threads of each task. done: called here when a task has ended.
+    An evaluation that trains on several ranks is a Ray Train job of ``evals.workers`` workers.
     """
     evals, outcome = subject.config.evals, Outcome({}, {}, {})
     shared = ray.put(subject)
@@ -64,8 +64,10 @@ def run(
         if any(needs_features(task, evals) for task in members):
             extraction = _extract.options(**_resources(evals, gpu=True))
             features = [extraction.remote(shared, group, members, r, shards, threads) for r in range(shards)]
+            if shards > 1:  # joined once, not by each evaluation in its own memory
+                features = [_join.options(**_resources(evals, gpu=False)).remote(*features)]
         for task in members:
-            if workers > 1 and getattr(build(task, evals), "distributed", False):
+            if evals.workers > 1 and on_checkpoint.on_several(task, evals):
                 alone.append((group, members, task))
                 continue
             own = features if needs_features(task, evals) else []
@@ -86,13 +88,13 @@ def run(
             ended(task, failure(task, _cause(error)))
     for group, members, task in alone:
         try:
-            ended(task, _train(subject, group, members, task, workers, threads))
+            ended(task, _train(subject, group, members, task, threads))
         except Exception as error:
             ended(task, failure(task, error))
     return outcome
 
 
-def placement_problems(evals: EvalConfig, workers: int = 1) -> list[str]:
+def placement_problems(evals: EvalConfig) -> list[str]:
     """Why the cluster can never place a task: what is asked for and what its largest node has."""
     found = []
     for option, what in (("cpus", "CPU"), ("gpus", "GPU")):
@@ -100,14 +102,14 @@ def placement_problems(evals: EvalConfig, workers: int = 1) -> list[str]:
         most = max((n["Resources"].get(what, 0.0) for n in ray.nodes() if n["Alive"]), default=0.0)
         if asked > most:
             found.append(f"evals.{option} = {asked:g} can never be placed: no node has more than {most:g} {what}")
-    if found or workers == 1:
+    if found or evals.workers == 1:
         return found
     total = ray.cluster_resources()
     for option, what, least in (("cpus", "CPU", 1.0), ("gpus", "GPU", 0.0)):
-        asked = max(getattr(evals, option), least) * workers
+        asked = max(getattr(evals, option), least) * evals.workers
         if asked > total.get(what, 0.0):
             found.append(
-                f"workers = {workers} need {asked:g} {what}, the cluster has {total.get(what, 0.0):g}: give less"
+                f"evals.workers = {evals.workers} need {asked:g} {what}, the cluster has {total.get(what, 0.0):g}: give less"
             )
     return found
 
@@ -149,14 +151,20 @@ def _extract(subject: Subject, group: Group, members: list[Task], rank: int, wor
 
 
 @ray.remote
-def _evaluate(subject: Subject, group: Group, members: list[Task], task: Task, threads: int, *shards: Parts) -> Outcome:
+def _join(*shards: Parts) -> Parts:
+    """The shards' rows one after the other."""
+    return {part: np.concatenate([s[part] for s in shards]) for part in shards[0]}
+
+
+@ray.remote
+def _evaluate(subject: Subject, group: Group, members: list[Task], task: Task, threads: int, *found: Parts) -> Outcome:
     """One evaluation. What would fail again is reported at once, the rest raised: Ray tries again."""
     torch.set_num_threads(threads)
     start, config = time.perf_counter(), subject.config
     try:
-        device = torch.device("cpu") if shards else _device(config.evals)
+        device = torch.device("cpu") if found else _device(config.evals)
         source = on_checkpoint.open_source(subject, group[0], members, device)
-        sets = on_checkpoint.sets_of(subject, source, group[0], _joined(shards)) if shards else None
+        sets = on_checkpoint.sets_of(subject, source, group[0], _tensors(found[0])) if found else None
         outcome = Outcome(run_one(task, config.evals, config.seed, sets, source), {}, {})
     except Exception as error:
         if worth_repeating(error):
@@ -166,53 +174,79 @@ def _evaluate(subject: Subject, group: Group, members: list[Task], task: Task, t
     return outcome
 
 
-def _joined(shards: tuple[Parts, ...]) -> dict[str, Tensor]:
-    """The shards' rows one after the other; a single one is used where it lies, in shared memory."""
+def _tensors(parts: Parts) -> dict[str, Tensor]:
+    """The features where they lie, in shared memory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # shared memory is read-only, and nothing writes to features
-        return {
-            part: torch.from_numpy(np.concatenate([s[part] for s in shards]) if len(shards) > 1 else shards[0][part])
-            for part in shards[0]
-        }
+        return {part: torch.from_numpy(x) for part, x in parts.items()}
 
 
 # --- an evaluation on several workers ---------------------------------------------------------------------------
 
 
-def _train(subject: Subject, group: Group, members: list[Task], task: Task, workers: int, threads: int) -> Outcome:
-    """An evaluation that trains with DDP, as a Ray Train job."""
+def _train(subject: Subject, group: Group, members: list[Task], task: Task, threads: int) -> Outcome:
+    """An evaluation that trains with DDP, as a Ray Train job: tried again as a whole, from the state it kept."""
     import ray.train
     import ray.train.torch
 
     start, evals = time.perf_counter(), subject.config.evals
-    given = {"subject": ray.put(subject), "group": group, "members": members, "task": task, "threads": threads}
     resources = {"CPU": max(evals.cpus, 1.0)} | ({"GPU": evals.gpus} if evals.gpus else {})
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = ray.train.torch.TorchTrainer(
-            _worker,
-            train_loop_config=given,
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=evals.gpus > 0, resources_per_worker=resources
-            ),
-            torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if evals.gpus else "gloo"),
-            run_config=ray.train.RunConfig(
-                name="evaluate",
-                storage_path=folder,
-                failure_config=ray.train.FailureConfig(max_failures=evals.retries),
-                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-            ),
-        )
-        result = trainer.fit()
-    numbers = {k: float(v) for k, v in (result.metrics or {}).items() if k.startswith(f"{task.name}/")}
-    return Outcome(numbers, {}, {task.name: time.perf_counter() - start})
+    # Beside the run: workers on other nodes must see it, as they see the run.
+    folder = subject.file.parent.absolute() / ".unfinished" / f"train-{uuid.uuid4().hex[:12]}"
+    folder.mkdir(parents=True)
+    given = {"subject": ray.put(subject), "group": group, "members": members, "task": task, "threads": threads,
+             "failure": folder / "failure.json"}  # fmt: skip
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config=given,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=evals.workers, use_gpu=evals.gpus > 0, resources_per_worker=resources
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if evals.gpus else "gloo"),
+        run_config=ray.train.RunConfig(
+            name="evaluate",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=evals.retries),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+        ),
+    )
+    numbers: dict[str, Any] = {}
+    try:
+        numbers = trainer.fit().metrics or {}
+        said = _said(given["failure"])
+    except ray.train.TrainingFailedError as error:
+        last = (str(error).strip().splitlines() or [""])[-1]
+        said = _said(given["failure"]) or f"its workers failed {evals.retries + 1} times: {last}"
+        logger.debug("%s", error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds the state of an unfinished training
+            folder.parent.rmdir()
+    if said:
+        return failure(task, RuntimeError(said))
+    found = {k: float(v) for k, v in numbers.items() if k.startswith(f"{task.name}/")}
+    return Outcome(found, {}, {task.name: time.perf_counter() - start})
+
+
+def _said(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def _worker(given: dict[str, Any]) -> None:
+    """One rank. What would fail again is written down, and the attempts after it end at once."""
     import ray.train.torch
 
+    if given["failure"].exists():
+        return
     torch.set_num_threads(given["threads"])
     subject, (name, _), task = ray.get(given["subject"]), given["group"], given["task"]
-    source = on_checkpoint.open_source(subject, name, given["members"], ray.train.torch.get_device())
-    numbers = run_one(task, subject.config.evals, subject.config.seed, None, source)
+    try:
+        source = on_checkpoint.open_source(subject, name, given["members"], ray.train.torch.get_device())
+        numbers = run_one(task, subject.config.evals, subject.config.seed, None, source)
+    except Exception as error:
+        if worth_repeating(error):
+            raise
+        given["failure"].write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
     ray.train.report(numbers)

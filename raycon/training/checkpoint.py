@@ -297,8 +297,15 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    # safetensors wants contiguous tensors of its own; channels_last weights become plain ones.
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+    # safetensors wants contiguous tensors of their own: channels_last weights become plain ones, what two names share
+    # is written under both.
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    seen: set[int] = set()
+    for name, value in plain.items():
+        if value.numel() and value.data_ptr() in seen:
+            plain[name] = value.clone()
+        seen.add(value.data_ptr())
+    save_file(plain, file)
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
 

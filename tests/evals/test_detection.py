@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from raycon.core.config import ConfigError, EvalConfig, ModelConfig
-from raycon.evals import Source, coco, detection, rcnn
+from raycon.core.config import ConfigError, EvalConfig, ModelConfig, RunConfig
+from raycon.evals import Source, Task, coco, detection, on_checkpoint, rcnn
 from raycon.evals.protocols import DETECTION
 from raycon.nn import networks
 from tests.helpers import on_ranks
@@ -124,7 +128,9 @@ def test_labels_count_from_one_and_flips_move_everything(folder: Path) -> None:
 def test_every_form_trains_the_whole_encoder(preset: str) -> None:
     from dataclasses import replace
 
-    protocol = replace(DETECTION[preset], train_sides=(SIDE,), regions=8, proposals=(20, 20), maps=16)
+    protocol = replace(
+        DETECTION[preset], train_sides=(SIDE,), regions=8, before_nms=(20, 20), proposals=(20, 20), maps=16
+    )
     torch.manual_seed(0)
     net = encoder(width=8)
     model = rcnn.build(net, protocol, 2, (0.4,) * 3, (0.2,) * 3).train()
@@ -185,25 +191,69 @@ def test_wrong_folders_are_said(tmp_path: Path, folder: Path) -> None:
         assert word in detection.Evaluation(EvalConfig(coco=str(tmp_path))).problems()[0]
 
 
+VOC_PAGE = """<annotation>
+	<folder>{year}</folder>
+	<filename>{stem}.jpg</filename>
+	<source>
+		<database>The VOC2007 Database</database>
+		<annotation>PASCAL VOC2007</annotation>
+		<image>flickr</image>
+	</source>
+	<size>
+		<width>30</width>
+		<height>20</height>
+		<depth>3</depth>
+	</size>
+	<segmented>0</segmented>
+{objects}</annotation>
+"""
+VOC_OBJECT = """	<object>
+		<name>{name}</name>
+		<pose>Unspecified</pose>
+		<truncated>0</truncated>
+		<difficult>{difficult}</difficult>
+		<bndbox>
+			<xmin>{box[0]}</xmin>
+			<ymin>{box[1]}</ymin>
+			<xmax>{box[2]}</xmax>
+			<ymax>{box[3]}</ymax>
+		</bndbox>
+		<part>
+			<name>head</name>
+			<bndbox>
+				<xmin>3</xmin>
+				<ymin>3</ymin>
+				<xmax>4</xmax>
+				<ymax>4</ymax>
+			</bndbox>
+		</part>
+	</object>
+"""
+
+
+def voc_image(root: Path, year: str, split: str, stem: str, objects: list[tuple[str, int, tuple[int, ...]]]) -> None:
+    """A picture and its page as VOCdevkit has them, added to the list of a split."""
+    base = root / year
+    for part in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (base / part).mkdir(parents=True, exist_ok=True)
+    with (base / "ImageSets" / "Main" / f"{split}.txt").open("a") as names:
+        names.write(f"{stem}\n")
+    Image.new("RGB", (30, 20)).save(base / "JPEGImages" / f"{stem}.jpg")
+    text = "".join(VOC_OBJECT.format(name=n, difficult=hard, box=box) for n, hard, box in objects)
+    (base / "Annotations" / f"{stem}.xml").write_text(VOC_PAGE.format(year=year, stem=stem, objects=text))
+
+
 def test_voc_devkit(tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    for year, split, stem, difficult in (("VOC2007", "trainval", "a", 0), ("VOC2012", "trainval", "b", 0),
-                                         ("VOC2007", "test", "c", 1)):  # fmt: skip
-        base = tmp_path / year
-        for part in ("ImageSets/Main", "Annotations", "JPEGImages"):
-            (base / part).mkdir(parents=True, exist_ok=True)
-        (base / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{stem}\n")
-        Image.new("RGB", (30, 20)).save(base / "JPEGImages" / f"{stem}.jpg")
-        things = "".join(
-            f"<object><name>{name}</name><difficult>{hard}</difficult><bndbox><xmin>1</xmin><ymin>2</ymin>"
-            f"<xmax>10</xmax><ymax>20</ymax></bndbox></object>"
-            for name, hard in (("dog", difficult), ("cat", 0))
-        )
-        (base / "Annotations" / f"{stem}.xml").write_text(
-            f"<annotation><size><width>30</width><height>20</height></size>{things}</annotation>"
-        )
+    box = (1, 2, 10, 20)
+    for year, split, stem, hard in (("VOC2007", "trainval", "000005", 0), ("VOC2012", "trainval", "2008_000002", 0),
+                                    ("VOC2007", "test", "000001", 1)):  # fmt: skip
+        voc_image(tmp_path, year, split, stem, [("dog", hard, box), ("cat", 0, box)])
     train, test = coco.open_pictures(tmp_path, masks=False)
-    assert [i["file_name"] for i in train.content["images"]] == ["VOC2007/JPEGImages/a.jpg", "VOC2012/JPEGImages/b.jpg"]
+    assert [i["file_name"] for i in train.content["images"]] == [
+        "VOC2007/JPEGImages/000005.jpg",
+        "VOC2012/JPEGImages/2008_000002.jpg",
+    ]
     target = train.targets(train.content["images"][0], masks=False)
     assert target["boxes"].tolist() == [[0, 1, 10, 20]] * 2
     assert target["labels"].tolist() == [2, 1]  # cat, dog
@@ -211,12 +261,157 @@ def test_voc_devkit(tmp_path: Path) -> None:
     # A difficult object counts neither for nor against: the cat alone is a perfect answer.
     cat = [{"image_id": 1, "category_id": 1, "bbox": [0, 1, 10, 19], "score": 0.5}]
     assert coco.average_precision(test, cat, "bbox")["ap50"] == pytest.approx(100)
+    assert coco.voc_average_precision(test, cat) == pytest.approx({"voc_ap": 100, "voc_ap50": 100, "voc_ap75": 100})
     with pytest.raises(ConfigError, match="boxes only"):
         coco.open_pictures(tmp_path, masks=True)
 
 
+def kit_average_precision(objects: list[Any], found: list[Any], threshold: float) -> float:
+    """One class as the text of VOC2007's kit says it, result by result: integer boxes, ends included."""
+    claimed, right, wrong = set(), [], []
+    for one in sorted(found, key=lambda f: -f[0]):
+        best, which = 0.0, -1
+        for i, (image, box, _) in enumerate(objects):
+            if image == one[1]:
+                w = min(box[2], one[2][2]) - max(box[0], one[2][0]) + 1
+                h = min(box[3], one[2][3]) - max(box[1], one[2][1]) + 1
+                if w > 0 and h > 0:
+                    areas = [(b[2] - b[0] + 1) * (b[3] - b[1] + 1) for b in (box, one[2])]
+                    if w * h / (sum(areas) - w * h) > best:
+                        best, which = w * h / (sum(areas) - w * h), i
+        if best > threshold and objects[which][2]:
+            continue
+        hit = best > threshold and which not in claimed
+        claimed |= {which} if hit else set()
+        right.append(hit)
+        wrong.append(not hit)
+    recall = np.cumsum(right) / sum(not hard for *_, hard in objects)
+    precision = np.cumsum(right) / (np.cumsum(right) + np.cumsum(wrong))
+    return float(np.mean([max(precision[recall >= t - 1e-12], default=0.0) for t in np.linspace(0, 1, 11)]))
+
+
+def test_vocs_own_average_precision(tmp_path: Path) -> None:
+    """Against the kit's rule written out, on boxes that overlap, come twice, miss, and lie on difficult objects."""
+    rng = np.random.default_rng(0)
+
+    def box() -> tuple[int, ...]:
+        left, top = (int(v) for v in rng.integers(1, 12, 2))
+        return left, top, left + int(rng.integers(4, 16)), top + int(rng.integers(3, 7))
+
+    def near(one: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(int(v) for v in np.array(one) + rng.integers(0, 2, 4))
+
+    objects: dict[str, list[Any]] = {"cat": [], "dog": []}
+    voc_image(tmp_path, "VOC2007", "trainval", "0", [("cat", 0, (1, 1, 9, 9)), ("dog", 0, (1, 1, 9, 9))])
+    for image in range(1, 13):
+        here = [(str(rng.choice(["cat", "dog"])), int(rng.random() < 0.2), box()) for _ in range(4)]
+        voc_image(tmp_path, "VOC2007", "test", str(image), here)
+        for name, hard, where in here:
+            objects[name].append((image, where, hard))
+    _, test = coco.open_pictures(tmp_path, masks=False)
+    results: dict[str, list[Any]] = {name: [] for name in objects}
+    for name, known in objects.items():
+        for image, where, _ in known:
+            for _ in range(int(rng.integers(0, 3))):
+                results[name].append((float(rng.random()), image, near(where)))
+            results[name].append((float(rng.random()), image, box()))
+    given = [
+        {"image_id": image, "category_id": 1 + (name == "dog"), "score": score,
+         "bbox": [b[0] - 1, b[1] - 1, b[2] - b[0] + 1, b[3] - b[1] + 1]}
+        for name, of in results.items() for score, image, b in of
+    ]  # fmt: skip
+    ours = coco.voc_average_precision(test, given)
+    expected = [
+        np.mean([kit_average_precision(objects[n], results[n], iou) for n in objects])
+        for iou in np.arange(50, 100, 5) / 100
+    ]
+    assert 5 < ours["voc_ap75"] < ours["voc_ap50"] < 95
+    assert ours == pytest.approx(
+        {"voc_ap": 100 * np.mean(expected), "voc_ap50": 100 * expected[0], "voc_ap75": 100 * expected[5]}
+    )
+
+
+class Stopped(BaseException):
+    """Not an error of the evaluation: the process ends."""
+
+
+def test_what_was_stopped_goes_on_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    """Stopped in the fourth of six steps: the next attempt does steps four to six, and nothing stays behind."""
+    protocol = DETECTION["tiny"]
+    train, _ = coco.open_pictures(folder, masks=True)
+    kept, seen = tmp_path / "kept", []
+
+    def trained(place: Path | None, stop: int = 99) -> nn.Module:
+        torch.manual_seed(0)
+        model = rcnn.build(encoder(width=4), protocol, 2, (0.4,) * 3, (0.2,) * 3)
+
+        def look(*_: object) -> None:
+            seen.append(1)
+            if len(seen) == stop:
+                raise Stopped
+
+        model.register_forward_pre_hook(look)
+        detection.fit(model, protocol, train, 6, 3, detection.Work(torch.device("cpu"), 3, 0, place))
+        return model
+
+    whole = trained(None).state_dict()
+    seen.clear()
+    with pytest.raises(Stopped):
+        trained(kept, stop=4)
+    assert [p.name for p in kept.iterdir() if p.name != "last"] == ["00000003"], "only the newest state is kept"
+    seen.clear()
+    again = trained(kept).state_dict()
+    assert len(seen) == 3
+    assert all(torch.equal(v, again[k]) for k, v in whole.items())
+    # The parts that C4's heads share come back too.
+    shared = rcnn.build(encoder(width=4), DETECTION["c4-2x"], 2, (0.4,) * 3, (0.2,) * 3)
+    optimizer = torch.optim.SGD(shared.parameters(), lr=0.1, momentum=0.9)
+    detection._keep(shared, optimizer, tmp_path / "c4", 1)
+    other = rcnn.build(encoder(width=4), DETECTION["c4-2x"], 2, (0.4,) * 3, (0.2,) * 3)
+    assert detection._resume(other, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), tmp_path / "c4") == 1
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in shared.state_dict().items())
+
+
+def test_the_state_is_that_of_this_very_training(folder: Path, tmp_path: Path) -> None:
+    here = dataclasses.replace(source(tmp_path), unfinished=tmp_path / "u")
+    train, _ = coco.open_pictures(folder, masks=True)
+
+    def place(source: Source, iterations: int = 5, seed: int = 0) -> Path | None:
+        return detection.preset(EvalConfig(coco=str(folder), iterations=iterations), seed, "tiny")._folder(
+            source, train
+        )
+
+    other = dataclasses.replace(here, encoder=encoder(width=8))
+    assert place(here) == place(dataclasses.replace(here, encoder=copy.deepcopy(here.encoder)))
+    assert len({place(here), place(other), place(here, iterations=6), place(here, seed=1)}) == 4
+    assert place(source(tmp_path)) is None
+
+
+def test_reading_ahead_changes_nothing(folder: Path) -> None:
+    """Every image of an epoch once, over all ranks; the same with helper processes and without."""
+    train, _ = coco.open_pictures(folder, masks=True)
+    images = train.trainable()
+    seen = []
+    for rank in (0, 1):
+        make = functools.partial(
+            detection.pictures_of_step, train=train, images=images, batch=2, rank=rank, world=2, seed=5, channels=3,
+            masks=True,
+        )  # fmt: skip
+        here, far = list(detection.ahead(make, range(6), 0)), list(detection.ahead(make, range(6), 1))
+        for (pictures, targets), (same, alike) in zip(here, far, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(pictures, same, strict=True))
+            assert all(torch.equal(a[k], b[k]) for a, b in zip(targets, alike, strict=True) for k in a)
+            seen += [float((p + p.flip(2)).double().sum()) for p in pictures]
+    everything = [float((p + p.flip(2)).double().sum()) for p in (train.read(i, 3) for i in images)]
+    assert sorted(seen) == pytest.approx(sorted(everything))
+
+
+STEPS = 5
+LITTLE = EvalConfig(coco="", iterations=STEPS, workers=2, retries=1)
+
+
 def _two_ranks(folder: str) -> tuple[list[float], dict[str, float]]:
-    evaluation = detection.preset(EvalConfig(coco=folder, iterations=2), 0, "tiny")
+    evaluation = detection.preset(dataclasses.replace(LITTLE, coco=folder), 0, "tiny")
     kept: list[nn.Module] = []
     build = rcnn.build
 
@@ -229,8 +424,67 @@ def _two_ranks(folder: str) -> tuple[list[float], dict[str, float]]:
     return [float(p.detach().double().sum()) for p in kept[0].parameters()], numbers
 
 
-@pytest.mark.ranks
-def test_ranks_end_with_one_network(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def of_two_ranks(folder: Path) -> dict[str, float]:
+    """The numbers of a training that nothing happened to, of two ranks without Ray."""
     (one, numbers), (other, same) = on_ranks(2, _two_ranks, str(folder))
     assert one == pytest.approx(other, abs=1e-6)
     assert numbers == same
+    return numbers
+
+
+@pytest.mark.ranks
+def test_ranks_end_with_one_network(of_two_ranks: dict[str, float]) -> None:
+    assert of_two_ranks["detection/box_ap"] > 0, "the test images are looked at, too"
+
+
+def fragile(net: nn.Module, mark: Path) -> nn.Module:
+    """The encoder, whose process is killed in the third step of its training, once."""
+
+    class Fragile(nn.Module):  # of this function: Ray sends it by value, no worker needs the tests
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.calls, self.mark = net, 0, str(mark)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            import os
+            import signal
+
+            self.calls += self.training
+            if self.calls == 3 and not os.path.exists(self.mark):
+                open(self.mark, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.net(x)
+
+    return Fragile()
+
+
+@pytest.mark.ray
+def test_ray_train_workers_one_of_them_killed(
+    folder: Path, of_two_ranks: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two Ray Train workers end with the numbers of two ranks without Ray, although one is lost on the way."""
+    ray = pytest.importorskip("ray")
+    from raycon.on_ray import evaluate as on_ray
+
+    subject = on_checkpoint.Subject(
+        config=RunConfig(evals=dataclasses.replace(LITTLE, coco=str(folder))), own="",
+        encoder=fragile(encoder(), tmp_path / "killed"), mean=(0.4,) * 3, std=(0.2,) * 3,
+        entry={"step": 0, "epoch": 0, "checkpoint": "x"}, file=tmp_path / "evaluations.json", cache=tmp_path,
+    )  # fmt: skip
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="raycon")
+    try:
+        assert on_ray.placement_problems(dataclasses.replace(subject.config.evals, workers=3))
+        outcome = on_ray.run(subject, [Task("detection", "tiny")])
+        # What would fail again is not tried again, and says why.
+        broken = dataclasses.replace(subject.config.evals, coco=str(tmp_path / "nowhere"))
+        wrong = on_ray.run(dataclasses.replace(subject, config=RunConfig(evals=broken)), [Task("detection", "tiny")])
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "killed").exists()
+    assert outcome.failed == {}
+    expected = {f"detection:tiny/{k.split('/')[1]}": v for k, v in of_two_ranks.items()}
+    assert outcome.results == pytest.approx(expected, abs=1e-6)
+    assert not (tmp_path / ".unfinished").exists()
+    assert "instances_train" in wrong.failed["detection:tiny"]

@@ -97,6 +97,30 @@ def test_a_file_of_weights(run_dir: Path, tmp_path: Path, capsys: pytest.Capture
     assert entry["results"]["knn@digits/top1_k1"] > 30
 
 
+@pytest.mark.ranks
+def test_under_torchrun_the_ranks_train_together_and_one_keeps(tmp_path: Path) -> None:
+    """Detection on two ranks, the kNN on one of them; the numbers are told and kept once."""
+    pytest.importorskip("pycocotools")
+    from raycon.core.config import ModelConfig
+    from tests.evals.test_detection import shapes
+
+    shapes(tmp_path / "coco", "train", 6, 0)
+    shapes(tmp_path / "coco", "val", 3, 1)
+    torch.manual_seed(0)
+    net = networks.build_encoder(ModelConfig(encoder="resnet10", width=4), 1)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    program = [sys.executable, "-m", "raycon.evaluate", str(tmp_path / "net.pth"), "knn@digits", "detection:tiny"]
+    program += ["--runtime", "local", "--data.size", "8", "--evals.coco", str(tmp_path / "coco")]
+    program += ["--evals.iterations", "2", "--evals.knn-k", "1"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    done = subprocess.run([*ranks, *program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (entry,) = json.loads((tmp_path / "net.pth.evaluations.json").read_text())
+    assert {"knn@digits/top1_k1", "detection:tiny/box_ap", "detection:tiny/mask_ap50"} <= set(entry["results"])
+    assert entry["failed"] == {}
+    assert done.stdout.count("detection:tiny/box_ap ") == done.stdout.count("kept in") == 1
+
+
 @pytest.mark.slow
 def test_another_data_set_is_named(run_dir: Path, tmp_path: Path) -> None:
     subject = on_checkpoint.of_run(run_dir, run_dir / "checkpoints" / "last")
