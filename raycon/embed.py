@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raycon.core import program
 from raycon.core.address import fetched
-from raycon.core.config import ConfigError, DataConfig
+from raycon.core.config import ConfigError, DataConfig, EvalConfig, absolute_places
 
 if TYPE_CHECKING:
     from raycon.training.embedding import Work
@@ -95,7 +95,8 @@ def read(arguments: list[str]) -> tuple[Path, Options]:
         problems.append("format = parquet: pyarrow is not installed; pip install pyarrow, or give --format npy")
     if problems:
         raise ConfigError(problems)
-    return Path(words[0]), options
+    data, _ = absolute_places(options.data, EvalConfig())
+    return Path(words[0]), dataclasses.replace(options, data=data)
 
 
 def defaults(checkpoint: Path, dataset: str) -> Options:

@@ -28,6 +28,7 @@ from raycon.core.config import (
     DataConfig,
     EvalConfig,
     RunConfig,
+    absolute_places,
     evaluation_problems,
 )
 from raycon.evals.base import Outcome, Task, names, parse, read_results
@@ -104,7 +105,8 @@ def read(arguments: list[str]) -> tuple[Path, list[Task], Options]:
                      if getattr(options, name)]  # fmt: skip
     if problems:
         raise ConfigError(problems)
-    return Path(words[0]), tasks, options
+    data, evals = absolute_places(options.data, options.evals)
+    return Path(words[0]), tasks, dataclasses.replace(options, data=data, evals=evals)
 
 
 def defaults(place: Path) -> Options:

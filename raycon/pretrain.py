@@ -32,6 +32,7 @@ from raycon.core.address import address_problems, is_address, place_of, working_
 from raycon.core.config import (
     ConfigError,
     RunConfig,
+    absolute_places,
     flatten,
     problems_of,
     save_yaml,
@@ -364,13 +365,10 @@ def choose_run_dir(config: RunConfig) -> Path:
 
 def absolute(config: RunConfig, run_dir: Path) -> RunConfig:
     """Ray's workers run elsewhere: every path is made absolute once, here."""
-    root, listing = (
-        place if not place or "://" in place else str(Path(place).expanduser().absolute())
-        for place in (config.data.root, config.data.listing)
-    )
     cache = config.data.cache
-    if cache or not is_address(config.run.dir):  # each machine has its own beside its working folder
-        cache = str(Path(cache or run_dir.parent / ".cache").expanduser().absolute())
+    if not cache and not is_address(config.run.dir):  # else each machine has its own beside its working folder
+        cache = str(run_dir.parent / ".cache")
+    data, evals = absolute_places(dataclasses.replace(config.data, cache=cache), config.evals)
     weights = config.model.weights
     if weights and not weights.startswith("torchvision:"):
         weights = str(Path(weights).expanduser().absolute())
@@ -378,14 +376,16 @@ def absolute(config: RunConfig, run_dir: Path) -> RunConfig:
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=where),
-        data=dataclasses.replace(config.data, root=root, listing=listing, cache=cache),
+        data=data,
         model=dataclasses.replace(config.model, weights=weights),
+        evals=evals,
     )
 
 
 def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world: int) -> list[str]:
     """What is wrong with names and places."""
     from raycon import evals
+    from raycon.evals import on_checkpoint
     from raycon.nn import views
 
     found = []
@@ -400,9 +400,11 @@ def start_problems(config: RunConfig, run_dir: Path, resume: Path | None, world:
     if not there.is_dir() or not os.access(there, os.W_OK):
         found.append(f"run.dir = {str(run_dir)!r} cannot be written ({there} is no writable directory): give another")
     try:
-        evals.parse(config.evals.names)
+        tasks = evals.parse(config.evals.names)
     except ConfigError as error:
         found += error.problems
+    else:
+        found += on_checkpoint.start_problems(config, tasks)
     for name in config.method.needs().views:
         try:
             views.view_spec(config.data.views, name, config.data.size, (0.5,), (0.5,))

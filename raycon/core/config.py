@@ -638,6 +638,17 @@ def elastic_problems(config: RunConfig) -> list[str]:
     return found
 
 
+def absolute_places(data: DataConfig, evals: EvalConfig) -> tuple[DataConfig, EvalConfig]:
+    """With every path made absolute (addresses stay as they are): Ray's workers run elsewhere."""
+
+    def whole(place: str) -> str:
+        return place if not place or "://" in place else str(Path(place).expanduser().absolute())
+
+    changed = {name: whole(getattr(data, name)) for name in ("root", "listing", "cache")}
+    other = {name: whole(getattr(evals, name)) for name in ("coco", "roots", "label_list")}
+    return dataclasses.replace(data, **changed), dataclasses.replace(evals, **other)
+
+
 def evaluation_problems(evals: EvalConfig) -> list[str]:
     """What is wrong with the numbers of ``evals.*`` beyond those of kNN."""
     found = at_least("evals.linear_epochs", evals.linear_epochs, 1) + at_least("evals.epochs", evals.epochs, 0)

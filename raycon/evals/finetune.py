@@ -29,6 +29,12 @@ class Evaluation:
         self.training, self.percent = FINETUNE[preset]
         self.epochs, self.seed, self.list = config.epochs, seed, config.label_list
 
+    def problems(self) -> list[str]:
+        """What would keep it from starting."""
+        if self.list and not Path(self.list).is_file():
+            return [f"evals.label_list = {self.list!r}: no such file"]
+        return []
+
     def run_on(self, source: Source) -> dict[str, float]:
         if self.list:
             rows = listed(Path(self.list), source.train)

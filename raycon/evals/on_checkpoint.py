@@ -180,10 +180,9 @@ def _split(config: RunConfig, split: str) -> Any:
         raise
 
 
-def config_for(subject: Subject, name: str) -> RunConfig:
+def config_for(config: RunConfig, name: str) -> RunConfig:
     """The configuration that opens a data set: ``data.*`` for that of ``data.name``; another one lies in the folder of
     its name in ``evals.roots``, or in its usual place."""
-    config = subject.config
     if name == config.data.name:
         return config
     root = Path(config.evals.roots).expanduser() / name
@@ -199,7 +198,7 @@ def open_source(subject: Subject, name: str, members: Iterable[Task], device: to
     """
     train = test = more = None
     if not all(without_data(task, subject.config.evals) for task in members):
-        config = config_for(subject, name)
+        config = config_for(subject.config, name)
         train, test = open_sets(config)
         # Where the protocols' sets have a validation split, everyone trains on train and validation.
         more = _split(config, "val") if name in TRANSFER and TRANSFER[name].given_validation else None
@@ -273,11 +272,31 @@ def problems(subject: Subject, tasks: Iterable[Task]) -> list[str]:
         try:
             open_source(subject, name, members, torch.device("cpu"))
         except (ConfigError, OSError) as error:
-            names = ", ".join(task.name for task in members)
-            found += [f"{names}: {p}" for p in getattr(error, "problems", [str(error)])]
-        for task in members:
-            found += getattr(build(task, subject.config.evals), "problems", list)()
+            found += _told(error, members)
+        found += own_problems(members, subject.config)
     return list(dict.fromkeys(found))
+
+
+def start_problems(config: RunConfig, tasks: Iterable[Task]) -> list[str]:
+    """What will not work of the evaluations of a run, before it trains: settings, and data sets besides its own."""
+    tasks = list(tasks)
+    found = own_problems(tasks, config)
+    for name in dict.fromkeys(task.data for task in tasks if task.data not in ("", config.data.name)):
+        try:
+            open_sets(config_for(config, name))
+        except (ConfigError, OSError) as error:
+            found += _told(error, [task for task in tasks if task.data == name])
+    return list(dict.fromkeys(found))
+
+
+def own_problems(tasks: Iterable[Task], config: RunConfig) -> list[str]:
+    """What the evaluations themselves say against their settings."""
+    return [p for task in tasks for p in getattr(build(task, config.evals), "problems", list)()]
+
+
+def _told(error: ConfigError | OSError, tasks: Iterable[Task]) -> list[str]:
+    names = ", ".join(task.name for task in tasks)
+    return [f"{names}: {p}" for p in getattr(error, "problems", [str(error)])]
 
 
 def without_data(task: Task, evals: EvalConfig) -> bool:
