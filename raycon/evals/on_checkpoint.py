@@ -60,6 +60,10 @@ class Subject:
     """Per clustering (N,): the run's own snapshot."""
     cache: Path
 
+    def __post_init__(self) -> None:
+        for name in ("file", "cache"):  # Ray's workers run elsewhere
+            object.__setattr__(self, name, getattr(self, name).absolute())
+
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {"config": to_dict(self.config)}
 

@@ -192,10 +192,10 @@ def _train(subject: Subject, group: Group, members: list[Task], task: Task, thre
     start, evals = time.perf_counter(), subject.config.evals
     resources = {"CPU": max(evals.cpus, 1.0)} | ({"GPU": evals.gpus} if evals.gpus else {})
     # Beside the run: workers on other nodes must see it, as they see the run.
-    folder = subject.file.parent.absolute() / ".unfinished" / f"train-{uuid.uuid4().hex[:12]}"
+    folder = subject.file.parent / ".unfinished" / f"train-{uuid.uuid4().hex[:12]}"
     folder.mkdir(parents=True)
     given = {"subject": ray.put(subject), "group": group, "members": members, "task": task, "threads": threads,
-             "failure": folder / "failure.json"}  # fmt: skip
+             "failure": folder / "failure.txt"}  # fmt: skip
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config=given,
@@ -211,9 +211,9 @@ def _train(subject: Subject, group: Group, members: list[Task], task: Task, thre
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         ),
     )
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, float] = {}
     try:
-        numbers = trainer.fit().metrics or {}
+        numbers = trainer.fit().return_value or {}  # rank 0's; metrics are kept only with a checkpoint
         said = _said(given["failure"])
     except ray.train.TrainingFailedError as error:
         last = (str(error).strip().splitlines() or [""])[-1]
@@ -225,28 +225,26 @@ def _train(subject: Subject, group: Group, members: list[Task], task: Task, thre
             folder.parent.rmdir()
     if said:
         return failure(task, RuntimeError(said))
-    found = {k: float(v) for k, v in numbers.items() if k.startswith(f"{task.name}/")}
-    return Outcome(found, {}, {task.name: time.perf_counter() - start})
+    return Outcome(numbers, {}, {task.name: time.perf_counter() - start})
 
 
 def _said(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def _worker(given: dict[str, Any]) -> None:
+def _worker(given: dict[str, Any]) -> dict[str, float]:
     """One rank. What would fail again is written down, and the attempts after it end at once."""
     import ray.train.torch
 
     if given["failure"].exists():
-        return
+        return {}
     torch.set_num_threads(given["threads"])
     subject, (name, _), task = ray.get(given["subject"]), given["group"], given["task"]
     try:
         source = on_checkpoint.open_source(subject, name, given["members"], ray.train.torch.get_device())
-        numbers = run_one(task, subject.config.evals, subject.config.seed, None, source)
+        return run_one(task, subject.config.evals, subject.config.seed, None, source)
     except Exception as error:
         if worth_repeating(error):
             raise
         given["failure"].write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise
-    ray.train.report(numbers)
