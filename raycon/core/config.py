@@ -644,9 +644,10 @@ def absolute_places(data: DataConfig, evals: EvalConfig) -> tuple[DataConfig, Ev
     def whole(place: str) -> str:
         return place if not place or "://" in place else str(Path(place).expanduser().absolute())
 
-    changed = {name: whole(getattr(data, name)) for name in ("root", "listing", "cache")}
-    other = {name: whole(getattr(evals, name)) for name in ("coco", "roots", "label_list")}
-    return dataclasses.replace(data, **changed), dataclasses.replace(evals, **other)
+    where = whole(data.root), whole(data.listing), whole(data.cache)
+    return dataclasses.replace(data, root=where[0], listing=where[1], cache=where[2]), dataclasses.replace(
+        evals, coco=whole(evals.coco), roots=whole(evals.roots), label_list=whole(evals.label_list)
+    )
 
 
 def evaluation_problems(evals: EvalConfig) -> list[str]:
