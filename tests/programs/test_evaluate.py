@@ -33,7 +33,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--checkpoint.every-epochs",
         "1",
     ]
-    assert pretrain.main([*options, f"--run.dir={folder}", "--log.quiet"]) == 0
+    assert pretrain.main([*options, f"--run.dir={folder}", "--log.quiet", "--log.report=light"]) == 0
     return folder
 
 
