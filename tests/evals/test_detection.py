@@ -466,6 +466,7 @@ def test_ray_train_workers_one_of_them_killed(
     """Two Ray Train workers end with the numbers of two ranks without Ray, although one is lost on the way."""
     ray = pytest.importorskip("ray")
     from raycon.on_ray import evaluate as on_ray
+    from raycon.on_ray import here
 
     subject = on_checkpoint.Subject(
         config=RunConfig(evals=dataclasses.replace(LITTLE, coco=str(folder))), own="",
@@ -473,7 +474,7 @@ def test_ray_train_workers_one_of_them_killed(
         entry={"step": 0, "epoch": 0, "checkpoint": "x"}, file=tmp_path / "evaluations.json", cache=tmp_path,
     )  # fmt: skip
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="raycon")
+    here.start(num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="raycon")
     try:
         assert on_ray.placement_problems(dataclasses.replace(subject.config.evals, workers=3))
         outcome = on_ray.run(subject, [Task("detection", "tiny")])
