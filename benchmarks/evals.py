@@ -195,11 +195,13 @@ def beside_training(steps: int, turns: int) -> list[Row]:
     """
     import ray
 
+    from raycon.on_ray import here
+
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         return []
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="raycon")
+    here.start(num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="raycon")
     os.sched_setaffinity(0, cores[:1])
     try:
         step = training_step()
