@@ -172,9 +172,10 @@ def evaluated(made: list[Subject], tasks: list[Task], run_tasks: RunTasks, tell:
         if tell:
             on_checkpoint.keep(subject, outcome)
             sys.stdout.write(table(label, outcome))
-            for file in (subject.file, subject.metrics) if store is not None else ():
-                if file is not None and file.exists():
-                    store.put(file, file.name)
+            if store is not None:
+                for file in (subject.file, subject.metrics):
+                    if file is not None and file.exists():
+                        store.put(file, file.name)
     return failed
 
 
