@@ -1,8 +1,9 @@
 """The identical-loss rule: a refactor leaves the losses of the reference run as they are, bit for bit.
 
-Losses depend on the processor (MKL rounds differently on two that both have AVX-512) and on torch: a record counts for the
-pair it was made with, and on any other the test is skipped. To record
-anew after a change that is *meant* to change the arithmetic: RAYCON_RECORD=1 pytest tests/golden/test_same_loss.py
+Losses depend on the processor (MKL rounds differently on two that both have AVX-512) and on torch: bits count for the pair
+a record was made with. On any other, the losses must be those of every record up to what such rounding grows to: two
+processors gave the same bits for five steps and 0.12 % of difference at most in 22. To record anew after a change that
+is *meant* to change the arithmetic: RAYCON_RECORD=1 pytest tests/golden/test_same_loss.py
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ def test_losses_are_as_recorded(name: str, tmp_path: Path) -> None:
     if os.environ.get("RAYCON_RECORD") == "1":
         records.setdefault(machine, {})[name] = losses
         RECORD.write_text(json.dumps(records, indent=1) + "\n")
-    if machine not in records:
-        pytest.skip(f"no losses recorded for {machine}, only for {', '.join(records)}")
     assert len(losses) == 22
-    assert losses == records[machine][name]
+    if machine in records:
+        assert losses == records[machine][name]
+        return
+    found = [float.fromhex(loss) for loss in losses]
+    for record in records.values():
+        wanted = [float.fromhex(loss) for loss in record[name]]
+        assert found[:5] == pytest.approx(wanted[:5], rel=1e-6)
+        assert found == pytest.approx(wanted, rel=0.01)
