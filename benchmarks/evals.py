@@ -289,7 +289,7 @@ def measure(quick: bool) -> list[Row]:
         *probes(5000 if quick else 20_000, 3),
         *machines(quick),
         *memory(quick),
-        *beside_training(20 if quick else 60, 3 if quick else 5),
+        *beside_training(10 if quick else 25, 3 if quick else 4),
     ]
 
 
