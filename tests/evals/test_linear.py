@@ -32,7 +32,8 @@ def test_as_good_as_sklearn(digits: FeatureSets) -> None:
     )
     expected = 100 * other.score(scaler.transform(digits.test.numpy()), digits.test_label.numpy())
     found = linear.Evaluation(EvalConfig()).run(digits)
-    assert found["linear/top1"] == pytest.approx(expected, abs=1.0)
+    # Of several probes the best on held-out rows is taken, so it may be better; how much of both is the processor's rounding.
+    assert expected - 1.0 <= found["linear/top1"] <= expected + 2.5
     assert found["linear/lr"] in linear.RATES
     assert found["linear/weight_decay"] in linear.DECAYS
     assert found == linear.Evaluation(EvalConfig()).run(digits)  # deterministic

@@ -143,7 +143,8 @@ def test_wandb_groups_the_trials_of_a_sweep(tmp_path: Path, monkeypatch: pytest.
     from raycon.core import log
 
     given: list[dict[str, Any]] = []
-    fake = SimpleNamespace(init=lambda **options: given.append(options), Settings=lambda **_: None)
+    run = SimpleNamespace(define_metric=lambda *_, **__: None)
+    fake = SimpleNamespace(init=lambda **options: given.append(options) or run, Settings=lambda **_: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     common = orders_of(scored(find("digits-temperature")().base, METRIC, 0.2, 1), tmp_path, "abc", METRIC, group="mine")
     for name in ("0000", "0001", "0001"):
@@ -151,10 +152,14 @@ def test_wandb_groups_the_trials_of_a_sweep(tmp_path: Path, monkeypatch: pytest.
         made: Any = kind.__new__(kind)
         made._trial_info = SimpleNamespace(trial_name=name, trial_id=name)
         made.setup({"method.temperature": 0.3})
+        made._run_dir.mkdir(exist_ok=True)
         log.Wandb(made._config(), made._run_dir)
     assert [g["group"] for g in given] == ["mine"] * 3
     assert [g["name"] for g in given] == ["0000-abc", "0001-abc", "0001-abc"]
-    assert [g["id"] for g in given] == ["0000-abc", "0001-abc", "0001-abc"]
+    ids = [g["id"] for g in given]
+    assert ids[1] == ids[2] != ids[0]
+    assert ids[0].startswith("0000-abc-")
+    assert ids[1].startswith("0001-abc-")
     assert given[0]["config"]["method.temperature"] == 0.3
     assert given[0]["resume"] == "allow"
 
@@ -171,11 +176,11 @@ def test_a_trial_waits_for_its_scores(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(runtime, "POLL_S", 0.0)
     looked: list[int] = []
 
-    def evaluated(run_dir: Path, step: int) -> bool:
+    def evaluated(runtime: object, step: int) -> bool:
         looked.append(step)
         return len(looked) == 3
 
-    monkeypatch.setattr(runtime, "evaluated", evaluated)
+    monkeypatch.setattr(runtime.RayRuntime, "evaluated", evaluated)
     waiting = runtime.RayRuntime(tmp_path, no_index(), torch.device("cpu"), wait_s=1e6)
     waiting.report({"step": 8.0}, None, evaluate=False)
     assert looked == []
