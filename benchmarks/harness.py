@@ -31,6 +31,8 @@ class Row:
     holds: bool
     floor: float | None
     """The least the machine could take (same unit as ``ours``), where there is such a bound."""
+    spread: tuple[float, float] | None = None
+    """The smallest and the largest ratio of the turns, where they were measured in pairs."""
 
 
 def at_most(claim: str, ours: float, other: float, limit: float, floor: float | None = None) -> Row:

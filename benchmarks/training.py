@@ -161,7 +161,8 @@ class Samples(torch.utils.data.Dataset[tuple[Any, int]]):
     def __getitem__(self, row: int) -> tuple[Any, int]:
         from PIL import Image
 
-        return self.transform(Image.fromarray(self.data.images[row])), row
+        pixels = self.data.images[row]
+        return self.transform(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)), row
 
 
 def sample_batches(setting: Setting, transform: Any) -> Iterator[Any]:
