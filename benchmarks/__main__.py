@@ -114,14 +114,17 @@ def section(file: Path) -> list[str]:
         f"`python -m benchmarks.{name}{' --quick' if kept['quick'] else ''}`, {kept['date']}, {kept['seconds']} s on {where}"
         f"{kept['cpu']}, {kept['cores']} cores; Python {kept['python']}, {versions}.",
         "",
-        "| claim | ours | other | ratio | target | holds | floor |",
-        "|---|---:|---:|---:|---|---|---:|",
+        "| claim | ours | other | ratio | spread | target | holds | floor |",
+        "|---|---:|---:|---:|---|---|---|---:|",
     ]
     for row in kept["rows"]:
         holds = ("yes" if row["holds"] else "**no**") if row["target"] else ""
         numbers = number(row["ours"]), number(row["other"]), number(row["ratio"])
+        spread = " .. ".join(number(value) for value in row.get("spread") or ())
         claim = row["claim"].replace("|", "\\|")
-        lines.append(f"| {claim} | {' | '.join(numbers)} | {row['target']} | {holds} | {number(row['floor'])} |")
+        lines.append(
+            f"| {claim} | {' | '.join(numbers)} | {spread} | {row['target']} | {holds} | {number(row['floor'])} |"
+        )
     return [*lines, ""]
 
 
@@ -131,7 +134,8 @@ def page() -> str:
         "# Performance",
         "",
         "Written by `make bench` from what it measured; do not edit. A claim is a ratio of two sides measured in one run, "
-        "interleaved, on the same threads; medians. *floor*: the least the machine could take, where there is such a bound. "
+        "interleaved, on the same threads; medians. *spread*: the smallest and the largest ratio of the turns, where these "
+        "are measured in pairs. *floor*: the least the machine could take, where there is such a bound. "
         "A row without a target is a figure to know. What a large run would need is computed in "
         "[index-plan.md](index-plan.md) and by `python -m raycon.doctor --plan`; accuracies are in "
         "[results-fashion.md](results-fashion.md).",

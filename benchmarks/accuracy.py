@@ -1,6 +1,6 @@
 """Accuracy at equal cost beside lightly's: MoCo v2 and SimCLR on Fashion-MNIST, three seeds, the same evaluation.
 
-    python -m benchmarks.accuracy [--quick] [--json FILE] [--go-on FILE]
+    python -m benchmarks.accuracy [--quick] [--json FILE] [--go-on FILE [--runs N]]
 
 Both sides: the same narrow ResNet-10 with the same first weights, images, epochs, batch, head, temperature, teacher
 momentum, queue length, SGD and cosine schedule (lightly's tutorials': lr 0.06, momentum 0.9, weight decay 5e-4), and
@@ -13,8 +13,9 @@ it; the memory format. A third, raycon's own views for these pictures, is shown 
 Not worse: the mean over the seeds is at least the other's less the spread of the seeds, which is largest minus smallest
 on the side where that is more. "CPU s" is the training alone, on one thread.
 
---go-on FILE keeps every finished run in FILE and does not repeat those that are there. Default: 320 steps a run, about
-25 minutes of one core; --quick: 40 steps of a narrower network, enough to see that it works and too few to mean more.
+--go-on FILE keeps every finished run in FILE and does not repeat those that are there; --runs N ends after N new ones.
+Default: 160 steps a run, about 10 minutes of one core; --quick: 40 steps of a narrower network, enough to see that it
+works and too few to mean more.
 """
 
 from __future__ import annotations
@@ -174,8 +175,16 @@ def run(method: str, side: str, seed: int, setting: Setting, dataset: ImageSet, 
     return Result(method, side, seed, knn, linear, seconds)
 
 
-def runs(setting: Setting, kept: Path | None) -> Iterator[Result]:
-    """All runs, the sides in turns; those in ``kept`` are taken from there, the others are added to it."""
+class Enough(Exception):
+    """So many new runs as were asked for are done."""
+
+
+def runs(setting: Setting, kept: Path | None, most: int = 0) -> Iterator[Result]:
+    """All runs, the sides in turns; those in ``kept`` are taken from there, the others are added to it.
+
+    Raises Enough before new run number ``most`` + 1 (0: no such end).
+    """
+    new = 0
     about = dataclasses.asdict(setting) | {"seeds": None}
     found: dict[tuple[str, str, int], Result] = {}
     if kept is not None and kept.exists():
@@ -192,6 +201,9 @@ def runs(setting: Setting, kept: Path | None) -> Iterator[Result]:
     for method, side, seed in wanted:
         result = found.get((method, side, seed))
         if result is None:
+            if most and new == most:
+                raise Enough
+            new += 1
             result = run(method, side, seed, setting, dataset, test)
             if kept is not None:
                 with kept.open("a", encoding="utf-8") as file:
@@ -224,20 +236,25 @@ def claims(results: list[Result]) -> list[harness.Row]:
     return rows
 
 
-def measure(quick: bool, kept: Path | None = None) -> list[harness.Row]:
+def measure(quick: bool, kept: Path | None = None, most: int = 0) -> list[harness.Row]:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    setting = Setting(20_480, 10_000, 4, 256, 16, (0, 1, 2), 50)
+    setting = Setting(10_240, 10_000, 4, 256, 16, (0, 1, 2), 50)
     if quick:
         setting = Setting(5120, 2000, 2, 256, 8, (0, 1, 2), 10)
-    return claims(list(runs(setting, kept)))
+    return claims(list(runs(setting, kept, most)))
 
 
 def main(argv: list[str] | None = None) -> list[harness.Row]:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--go-on", type=Path)
+    parser.add_argument("--runs", type=int, default=0)
     asked, rest = parser.parse_known_args(argv)
-    return harness.main(__doc__ or "", lambda quick: measure(quick, asked.go_on), rest)
+    try:
+        return harness.main(__doc__ or "", lambda quick: measure(quick, asked.go_on, asked.runs), rest)
+    except Enough:
+        sys.stderr.write(f"the rest another time: --go-on {asked.go_on}\n")
+        return []
 
 
 if __name__ == "__main__":

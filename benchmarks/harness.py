@@ -11,8 +11,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,19 @@ def at_least(claim: str, ours: float, other: float, limit: float, floor: float |
     )
 
 
+def between(claim: str, ours: float, other: float, low: float, high: float) -> Row:
+    """The claim that low <= ours / other <= high: a prediction against what it predicts."""
+    ratio = ours / other
+    target = f"{low:.4g} .. {high:.4g}"
+    return Row(claim=claim, ours=ours, other=other, ratio=ratio, target=target, holds=low <= ratio <= high, floor=None)
+
+
+def paired(row: Row, ours: Sequence[float], other: Sequence[float]) -> Row:
+    """The same claim with the smallest and the largest ratio of the turns, which were measured in pairs."""
+    ratios = [a / b for a, b in zip(ours, other, strict=True)]
+    return replace(row, spread=(min(ratios), max(ratios)))
+
+
 def shown(claim: str, ours: float, other: float, floor: float | None = None) -> Row:
     """A measured pair that nothing is promised of."""
     ratio = ours / other if other else float("nan")
@@ -78,11 +91,13 @@ def interleave(
 
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    cells = [("claim", "ours", "other", "ratio", "target", "holds", "floor")]
+    cells = [("claim", "ours", "other", "ratio", "spread", "target", "holds", "floor")]
     for row in rows:
         floor = "" if row.floor is None else f"{row.floor:.4g}"
-        holds = "yes" if row.holds else "NO"
-        cells.append((row.claim, f"{row.ours:.4g}", f"{row.other:.4g}", f"{row.ratio:.4g}", row.target, holds, floor))
+        holds = "" if not row.target else "yes" if row.holds else "NO"
+        numbers = (f"{row.ours:.4g}", f"{row.other:.4g}", f"{row.ratio:.4g}")
+        spread = "" if row.spread is None else f"{row.spread[0]:.4g} .. {row.spread[1]:.4g}"
+        cells.append((row.claim, *numbers, spread, row.target, holds, floor))
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells) + "\n"
 

@@ -2,17 +2,21 @@
 
     python -m benchmarks.training [--quick] [--json FILE]
 
-On the CPU: Fashion-MNIST in colour at 32 px, ResNet-18 (small stem) of width 16 and 64, batch 256, one thread, CPU
-seconds. On a GPU: ResNet-50 at 224 px in bf16, synthetic images, wall seconds. The other side is lightly 1.6 as its
-examples write the loop (its transforms in a DataLoader, one forward per view, NTXentLoss, update_momentum); both sides
-start from the same encoder. The bare loop steps the same networks and loss on views that lie in memory already. PCL's
-official form (per-sample augmentation, negatives drawn by a Python set difference, fp32) is measured beside raycon's PCL.
-Rows that start with "part" show where a step's time goes; they hold no target. --quick: width 16, few steps.
+On the CPU: Fashion-MNIST in colour at 32 px, ResNet-18 (small stem) of width 16 and 64, batch 256; CPU seconds on one
+thread, wall seconds on two. On a GPU: ResNet-50 at 224 px in bf16, synthetic images, wall seconds. The other side is
+lightly 1.6 as its examples write the loop (its transforms in a DataLoader, one forward per view, NTXentLoss,
+update_momentum); both sides start from the same encoder. The bare loop steps the same networks on views that lie in
+memory already: forward, the textbook loss, backward, SGD, EMA and queue, nothing else. PCL's official form (per-sample
+augmentation, negatives drawn by a Python set difference, fp32) is measured beside raycon's PCL.
+Rows that start with "part" show where a step's time goes; they hold no target. --quick: few steps, width 64 with a
+batch of 64.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import os
 import random
 import statistics
 import sys
@@ -55,11 +59,11 @@ def images(side: int, rows: int) -> ArraySet:
 
 
 class Setting:
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.device, self.width = device, width
+    def __init__(self, width: int, device: torch.device, threads: int = 1, batch: int = BATCH) -> None:
+        self.device, self.width, self.threads, self.batch = device, width, threads, batch
         self.gpu = device.type == "cuda"
         self.side = 224 if self.gpu else 32
-        self.data = images(self.side, 4 * BATCH if self.gpu else 60_000)
+        self.data = images(self.side, 4 * batch if self.gpu else 60_000)
         self.model = ModelConfig(
             encoder="resnet50" if self.gpu else "resnet18", width=width, stem="imagenet" if self.gpu else "small"
         )
@@ -68,11 +72,17 @@ class Setting:
         torch.manual_seed(0)
         return networks.build_encoder(self.model, 3)
 
+    def __str__(self) -> str:
+        batch = "" if self.batch == BATCH else f", batch {self.batch}"
+        threads = "" if self.gpu else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.model.encoder} width {self.width} at {self.side} px{batch}{threads}"
+
     def clock(self) -> float:
-        """Seconds of CPU; on a GPU of the wall, everything that was started being done."""
-        if not self.gpu:
+        """Seconds of CPU on one thread, else of the wall; on a GPU, everything that was started being done."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        elif self.threads == 1:
             return time.process_time()
-        torch.cuda.synchronize()
         return time.perf_counter()
 
     def optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
@@ -80,15 +90,15 @@ class Setting:
 
 
 class Raycon:
-    """raycon's loop body over its own torch loader; with ``memory`` over one batch that lies in memory already."""
+    """raycon's loop body over its own torch loader."""
 
-    def __init__(self, setting: Setting, name: str, memory: bool = False, **options: Any) -> None:
+    def __init__(self, setting: Setting, name: str, **options: Any) -> None:
         encoder = setting.encoder()
         facts = Facts(
             rows=len(setting.data),
             classes=0,
             image=setting.data.image,
-            batch=BATCH,
+            batch=setting.batch,
             world=1,
             size=setting.side,
             epochs=9,
@@ -104,7 +114,7 @@ class Raycon:
         plan = LoaderPlan(
             specs=(spec, spec),
             eval_spec=views.eval_spec(setting.side, setting.data.mean, setting.data.std),
-            batch=BATCH,
+            batch=setting.batch,
             seed=0,
             rank=0,
             world=1,
@@ -112,9 +122,6 @@ class Raycon:
         )
         loader = open_loader("torch", setting.data, plan)
         self.batches: Iterator[Batch] = (batch for epoch in range(10**6) for batch in loader.train(epoch))
-        if memory:
-            only = next(self.batches)
-            self.batches = iter(lambda: only, None)
         self.snapshot = snapshot(setting) if name == "pcl" else None
         self.step = 0
 
@@ -132,6 +139,58 @@ class Raycon:
         self.method.after_step(output.keep, Progress(self.step, 10**6, 1))
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        part("optimiser, EMA, queue")
+
+
+class Bare:
+    """The least that trains the same networks: two views that lie in memory, a textbook loss, SGD, EMA and queue."""
+
+    def __init__(self, setting: Setting, name: str, momentum: float) -> None:
+        self.setting, self.name, self.momentum = setting, name, momentum
+        encoder = setting.encoder()
+        width = encoder.features
+        if name == "moco":
+            head = networks.head("mlp", width, DIM)  # type: ignore[arg-type]
+        else:
+            head = networks.mlp_head(width, (width,), DIM, last_norm=True, last_affine=True)  # type: ignore[arg-type]
+        layout: dict[str, Any] = {"memory_format": torch.channels_last}
+        self.student = networks.Branch(encoder, head).to(setting.device, **layout).train()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.queue = nn.functional.normalize(torch.randn(QUEUE, DIM, device=setting.device), dim=1)
+        self.optimizer = torch.optim.SGD(
+            self.student.parameters(), lr=0.06, momentum=0.9, weight_decay=1e-4, fused=True
+        )
+        view = torch.randn(setting.batch, 3, setting.side, setting.side, device=setting.device)
+        self.views = (view.to(**layout), view.flip(0).to(**layout))
+
+    def embed(self, network: nn.Module, view: Tensor) -> Tensor:
+        with torch.autocast(self.setting.device.type, torch.bfloat16, enabled=self.setting.gpu):
+            out = network(view)
+        return nn.functional.normalize(out.float(), dim=1)
+
+    def __call__(self, part: Part) -> None:
+        batch = self.setting.batch
+        query = self.embed(self.student, self.views[0])
+        if self.name == "moco":
+            with torch.no_grad():
+                key = self.embed(self.teacher, self.views[1])
+            logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.T], dim=1) / 0.2
+            loss = nn.functional.cross_entropy(logits, torch.zeros(batch, dtype=torch.long, device=query.device))
+        else:
+            both = torch.cat([query, self.embed(self.student, self.views[1])])
+            logits = (both @ both.T / 0.1).fill_diagonal_(-torch.inf)
+            other = torch.arange(2 * batch, device=query.device).roll(batch)
+            loss = nn.functional.cross_entropy(logits, other)
+        part("forward and loss")
+        loss.backward()
+        part("backward")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.name == "moco":
+            with torch.no_grad():
+                mine, theirs = list(self.teacher.parameters()), list(self.student.parameters())
+                torch._foreach_lerp_(mine, theirs, 1 - self.momentum)
+                self.queue = torch.cat([self.queue[batch:], key])
         part("optimiser, EMA, queue")
 
 
@@ -169,7 +228,7 @@ def sample_batches(setting: Setting, transform: Any) -> Iterator[Any]:
     """Batches without end from a DataLoader; its workers' time is not seen by a CPU clock, so there are none then."""
     loader = torch.utils.data.DataLoader(
         Samples(setting.data, transform),
-        batch_size=BATCH,
+        batch_size=setting.batch,
         shuffle=True,
         drop_last=True,
         num_workers=8 if setting.gpu else 0,
@@ -184,8 +243,6 @@ class Lightly:
     """lightly's SimCLR or MoCo v2 as its examples write them."""
 
     def __init__(self, setting: Setting, name: str, momentum: float) -> None:
-        import copy
-
         from lightly.loss import NTXentLoss
         from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
         from lightly.models.utils import deactivate_requires_grad
@@ -236,8 +293,6 @@ class OfficialForm:
     """PCL's step in the form of its published code: views per sample, negatives by a Python set difference, fp32."""
 
     def __init__(self, setting: Setting) -> None:
-        import copy
-
         from torchvision.transforms import v2
 
         self.setting = setting
@@ -290,15 +345,18 @@ class OfficialForm:
         part("backward")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.queue = torch.cat([self.queue[BATCH:], key])
+        self.queue = torch.cat([self.queue[self.setting.batch :], key])
         part("optimiser, EMA, queue")
+
+
+Times = dict[str, list[float]]
 
 
 def turns(
     setting: Setting, sides: dict[str, Callable[[Part], None]], repeats: int
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Median seconds of a step of each side, taken in turns, and of its parts."""
-    totals: dict[str, list[float]] = defaultdict(list)
+) -> tuple[Times, dict[str, dict[str, float]]]:
+    """Seconds of every step of each side, taken in turns after one that does not count, and medians of their parts."""
+    totals: Times = defaultdict(list)
     parts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for turn in range(repeats + 1):
         for name, step in sides.items():
@@ -316,34 +374,37 @@ def turns(
                 totals[name].append(setting.clock() - start)
                 for what, seconds in spent.items():
                     parts[name][what].append(seconds)
-    medians = {name: statistics.median(values) for name, values in totals.items()}
     for name, values in totals.items():
-        sys.stderr.write(f"{name}: median {medians[name]:.3f} s, {min(values):.3f} .. {max(values):.3f}\n")
-    return medians, {n: {w: statistics.median(v) for w, v in p.items()} for n, p in parts.items()}
+        sys.stderr.write(
+            f"{setting}: {name}: median {statistics.median(values):.3f} s, {min(values):.3f} .. {max(values):.3f}\n"
+        )
+    return totals, {n: {w: statistics.median(v) for w, v in p.items()} for n, p in parts.items()}
 
 
 def compare(setting: Setting, name: str, repeats: int, target: float) -> list[harness.Row]:
     """One method at one width against lightly and the bare loop."""
     options: dict[str, Any] = {"dim": DIM}
     options |= {"queue": QUEUE, "momentum": 0.99} if name == "moco" else {"projector": (setting.encoder().features,)}
-    ours = Raycon(setting, name, **options)
-    sides: dict[str, Callable[[Part], None]] = {"raycon": ours, "bare": Raycon(setting, name, memory=True, **options)}
+    sides: dict[str, Callable[[Part], None]] = {
+        "raycon": Raycon(setting, name, **options),
+        "bare": Bare(setting, name, 0.99),
+    }
     lightly = importlib.util.find_spec("lightly") is not None
     if lightly:
         sides["lightly"] = Lightly(setting, name, 0.99)
     seconds, parts = turns(setting, sides, repeats)
-    what = f"{name} {setting.model.encoder} width {setting.width} at {setting.side} px"
-    bare = seconds["bare"]
-    rows = [harness.shown(f"{what}: step / a bare loop on views in memory (s)", seconds["raycon"], bare)]
-    if setting.gpu:
-        rows = [harness.at_most(rows[0].claim, seconds["raycon"], bare, 1.05)]
-    if lightly:
-        rate = f"{what}: steps/s over lightly's"
-        rows.append(harness.at_least(rate, 1 / seconds["raycon"], 1 / seconds["lightly"], target, floor=1 / bare))
-        for part, value in parts["raycon"].items():
-            rows.append(harness.shown(f"part of {what}: {part} (s)", value, parts["lightly"][part]))
-    else:
+    median = {side: statistics.median(values) for side, values in seconds.items()}
+    what, bare = f"{name} {setting}", median["bare"]
+    row = harness.at_most(f"{what}: step / a bare loop on views in memory (s)", median["raycon"], bare, 1.05)
+    rows = [harness.paired(row, seconds["raycon"], seconds["bare"])]
+    if not lightly:
         sys.stderr.write("lightly is not installed (pip install 'raycon[bench]'): not compared\n")
+        return rows
+    rate = f"{what}: steps/s over lightly's"
+    row = harness.at_least(rate, 1 / median["raycon"], 1 / median["lightly"], target, floor=1 / bare)
+    rows.append(harness.paired(row, seconds["lightly"], seconds["raycon"]))
+    for part, value in parts["raycon"].items():
+        rows.append(harness.shown(f"part of {what}: {part} (s)", value, parts["lightly"][part]))
     return rows
 
 
@@ -354,24 +415,32 @@ def official(setting: Setting, repeats: int) -> harness.Row:
         "official form": OfficialForm(setting),
     }
     seconds, _ = turns(setting, sides, repeats)
-    claim = f"pcl {setting.model.encoder} width {setting.width}: steps/s over the official form's"
-    rate = 1 / seconds["raycon"], 1 / seconds["official form"]
-    return harness.at_least(claim, *rate, 3.0) if setting.gpu else harness.shown(claim, *rate)
+    claim = f"pcl {setting}: steps/s over the official form's"
+    rate = 1 / statistics.median(seconds["raycon"]), 1 / statistics.median(seconds["official form"])
+    row = harness.at_least(claim, *rate, 3.0) if setting.gpu else harness.shown(claim, *rate)
+    return harness.paired(row, seconds["official form"], seconds["raycon"])
 
 
 def measure(quick: bool) -> list[harness.Row]:
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    if not gpu:
-        torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        setting = Setting(64, torch.device("cuda"))
+        rows = [row for name in ("simclr", "moco") for row in compare(setting, name, 8 if quick else 20, 2.0)]
+        return [*rows, official(setting, 4 if quick else 20)]
+    sys.stderr.write("no GPU here: ResNet-50 at 224 px in bf16, and PCL's official form on a GPU, are not measured\n")
     rows = []
-    widths = ((64, 2.0),) if gpu else ((16, 1.25),) if quick else ((16, 1.25), (64, 1.0))
-    for width, target in widths:
-        setting = Setting(width, device)
-        repeats = 20 if gpu else 3 if quick or width == 64 else 9
+    # Width, threads, batch, turns, the least times lightly's speed.
+    cases = [(16, 1, BATCH, 9, 1.25), (16, 2, BATCH, 9, 1.25), (64, 1, BATCH, 3, 1.0), (64, 2, BATCH, 5, 1.0)]
+    if quick:
+        cases = [(16, 1, BATCH, 3, 1.25), (16, 2, BATCH, 5, 1.25), (64, 2, 64, 3, 1.0)]
+    for width, threads, batch, repeats, target in cases:
+        if threads > (os.cpu_count() or 1):
+            sys.stderr.write(f"{threads} threads are not measured: there is one core\n")
+            continue
+        torch.set_num_threads(threads)
+        setting = Setting(width, torch.device("cpu"), threads, batch)
         for name in ("simclr", "moco"):
             rows += compare(setting, name, repeats, target)
-        if gpu or width == 16:
+        if width == 16 and threads == 1:
             rows.append(official(setting, repeats))
     return rows
 

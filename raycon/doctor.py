@@ -328,7 +328,7 @@ def report_plan(asked: argparse.Namespace, rest: list[str]) -> int:
     rows, channels, classes = _data(config, int(asked.images))
     world = asked.gpus or config.scaling.workers
     with _one_thread():
-        counted = cost.count(config, channels, classes)
+        counted = cost.count(config, channels, classes, world=world)
         shard = asked.shard_gflops * 1e9 or index_plan.measured_rate()
     here = counted.step_flops / counted.step_seconds
     sustained = asked.tflops * 1e12 or (100e12 if asked.gpus else here)

@@ -46,9 +46,16 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Each rank needs the sum of its own rows only: half of what an all-reduce sends. Gloo's reduce-scatter is an
+        # all-reduce underneath, so the parts are exchanged and added here, in rank order.
         grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(world())[rank()]
+        if grad.is_cuda:
+            mine = grad.new_empty((len(grad) // world(), *grad.shape[1:]))
+            dist.reduce_scatter_tensor(mine, grad)
+            return mine
+        parts = torch.empty_like(grad)
+        dist.all_to_all_single(parts, grad)
+        return parts.view(world(), -1, *grad.shape[1:]).sum(0)
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:

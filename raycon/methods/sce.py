@@ -194,7 +194,8 @@ class SCE(Method):
             for query in query_RD:
                 logits_RC = self.logits(query, key_BD[rows], candidate_CD)
                 loss = loss + losses.cross_entropy(logits_RC, target_RC)
-                right = right + losses.accuracy(logits_RC, own_R)
+                first = self.options.negatives == "queue"
+                right = right + (losses.first_accuracy(logits_RC) if first else losses.accuracy(logits_RC, own_R))
             return loss, right
 
         return losses.by_rows(part, query_BD, 1 + len(candidate_CD))

@@ -32,9 +32,32 @@ BLOCK_CPU, BLOCK_GPU = 2**22, 2**28
 
 
 def queue_logits(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float) -> Tensor:
-    """(B, 1+K): the query's own key in column 0, then the queue (MoCo, arXiv 1911.05722, eq. 1)."""
-    positive_B1 = (query_BD * key_BD).sum(1, keepdim=True)
-    return torch.cat([positive_B1, query_BD @ queue_KD.T], dim=1).div_(temperature)
+    """(B, 1+K): the query's own key in column 0, then the queue (MoCo, arXiv 1911.05722, eq. 1).
+
+    Keys and queue are constants: only the query receives a gradient.
+    """
+    logits: Tensor = _QueueLogits.apply(query_BD, key_BD, queue_KD, temperature)  # type: ignore[no-untyped-call]
+    return logits
+
+
+class _QueueLogits(torch.autograd.Function):
+    """Written out so that the product lands where it stays: putting two parts together costs as much as the product."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(key_BD, queue_KD)
+        ctx.temperature = temperature
+        logits_BC = query_BD.new_empty(len(query_BD), 1 + len(queue_KD))
+        torch.mm(query_BD, queue_KD.T, out=logits_BC[:, 1:])
+        logits_BC[:, 0] = (query_BD * key_BD).sum(1)
+        return logits_BC.div_(temperature)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BC: Tensor) -> tuple[Tensor | None, ...]:
+        assert not any(ctx.needs_input_grad[1:3]), "detach keys and queue"
+        key_BD, queue_KD = ctx.saved_tensors
+        grad_BC = grad_BC / ctx.temperature
+        return grad_BC[:, 1:] @ queue_KD + grad_BC[:, :1] * key_BD, None, None, None
 
 
 def prototype_logits(query_BD: Tensor, prototype_CD: Tensor, concentration_C: Tensor) -> Tensor:
@@ -135,10 +158,13 @@ def relational_target(teacher_BC: Tensor, own_B: Tensor, weight: float) -> Tenso
     ReSSL with weight 0 (arXiv 2107.09282, eq. 4), SCE (arXiv 2111.14585). Candidates with the logit -inf get nothing
     of the second part; a row of which nothing is left is one-hot.
     """
-    soft_BC = torch.softmax(teacher_BC, dim=1)
-    nothing_B1 = teacher_BC.amax(1, keepdim=True) == -torch.inf
-    soft_BC = soft_BC.masked_fill_(nothing_B1, 0.0).mul_(1 - weight)
-    own_B1 = torch.where(nothing_B1, 1.0, weight).to(soft_BC.dtype)
+    soft_BC = torch.softmax(teacher_BC, dim=1).mul_(1 - weight)
+    own_B1 = soft_BC.new_full((len(soft_BC), 1), weight)
+    # A row of which nothing is left is NaN throughout. On a CPU it is cheap to see that there is none.
+    if soft_BC.is_cuda or bool(soft_BC[:, 0].isnan().any()):
+        nothing_B1 = teacher_BC.amax(1, keepdim=True) == -torch.inf
+        soft_BC.masked_fill_(nothing_B1, 0.0)
+        own_B1 = torch.where(nothing_B1, 1.0, own_B1)
     return soft_BC.scatter_add_(1, own_B[:, None], own_B1)
 
 
@@ -169,7 +195,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         assert not target_BC.requires_grad, "detach the target"
         log_p_BC = torch.log_softmax(logits_BC, dim=1).clamp_(min=torch.finfo(logits_BC.dtype).min)  # 0 x -inf is 0
         ctx.save_for_backward(log_p_BC, target_BC)
-        return -torch.bmm(target_BC[:, None], log_p_BC[:, :, None]).mean()
+        return -torch.linalg.vecdot(target_BC, log_p_BC).mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -225,8 +251,7 @@ def info_nce(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: fl
 
     def part(rows: slice, query_RD: Tensor) -> tuple[Tensor, ...]:
         logits_RC = queue_logits(query_RD, key_BD[rows], queue_KD, temperature)
-        own_R = first_column(logits_RC)
-        return cross_entropy(logits_RC, own_R), accuracy(logits_RC, own_R)
+        return cross_entropy(logits_RC, first_column(logits_RC)), first_accuracy(logits_RC)
 
     return by_rows(part, (query_BD,), 1 + len(queue_KD))
 
@@ -239,8 +264,14 @@ def class_cross_entropy(logits_BY: Tensor, label_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(logits_BC: Tensor, target_B: Tensor) -> Tensor:
-    """Scalar in [0, 1]: how often the right candidate has the largest logit."""
+    """Scalar in [0, 1]: how often the right candidate has the largest logit (of equal ones the first counts)."""
     return (logits_BC.argmax(1) == target_B).float().mean()
+
+
+@torch.no_grad()
+def first_accuracy(logits_BC: Tensor) -> Tensor:
+    """``accuracy`` where column 0 is right, in a quarter of the time: no candidate has a larger logit."""
+    return (logits_BC[:, 0] >= logits_BC.amax(1)).float().mean()
 
 
 # --- sampling of negatives --------------------------------------------------------------------------------------

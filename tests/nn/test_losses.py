@@ -24,6 +24,31 @@ def test_infonce_by_hand() -> None:
     assert float(losses.cross_entropy(logits, losses.first_column(logits))) == pytest.approx(expected, rel=1e-5)
 
 
+def test_queue_logits_are_those_of_the_parts_put_together_and_so_is_their_gradient() -> None:
+    query, key, queue, weight = unit(3, 5), unit(3, 5, seed=1), unit(7, 5, seed=2), torch.randn(3, 8)
+    mine, theirs = query.clone().requires_grad_(), query.clone().requires_grad_()
+    found = losses.queue_logits(mine, key, queue, 0.3)
+    wanted = torch.cat([(theirs * key).sum(1, keepdim=True), theirs @ queue.T], 1) / 0.3
+    assert torch.equal(found, wanted)
+    for logits in (found, wanted):
+        (logits * weight).sum().backward()
+    torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_nothing_but_the_query_may_ask_for_a_gradient_of_queue_logits() -> None:
+    query, key = unit(3, 5).requires_grad_(), unit(3, 5, seed=1).requires_grad_()
+    with pytest.raises(AssertionError, match="detach keys"):
+        losses.queue_logits(query, key, unit(7, 5, seed=2), 0.3).sum().backward()
+
+
+def test_accuracy_of_the_first_column_is_that_of_any() -> None:
+    nan = float("nan")
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0], [1.0, 1.0, 0.0], [nan, 1.0, 0.0], [2.0, 2.0, 2.0]])
+    assert float(losses.first_accuracy(logits)) == pytest.approx(0.6)
+    assert float(losses.accuracy(logits[:3], torch.tensor([0, 0, 0]))) == float(losses.first_accuracy(logits[:3]))
+    assert float(losses.accuracy(logits[:3], torch.tensor([0, 1, 1]))) == pytest.approx(2 / 3)  # a tie: the first
+
+
 def test_a_distribution_that_is_one_hot_equals_its_column() -> None:
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     target = torch.tensor([0, 3, 8, 1, 1, 4])

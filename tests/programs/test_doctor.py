@@ -72,9 +72,10 @@ def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.state, found.text) == ("bad", "RAY_ADDRESS = 127.0.0.1:1: nobody answers")
 
 
-def counted(*_: Any) -> cost.Counted:
+def counted(*_: Any, world: int) -> cost.Counted:
     values = {"batch": 4, "step_flops": 6e9, "scan_flops": 1e9, "activation_bytes": 1e6, "step_seconds": 0.1}
-    return cost.Counted(**values, parameters=1_000_000, state_bytes=4_000_000, view_bytes=1000)  # type: ignore[arg-type]
+    values |= {"parameters": 1_000_000, "state_bytes": 4_000_000, "view_bytes": 1000, "world": world}
+    return cost.Counted(**values)  # type: ignore[arg-type]
 
 
 def test_a_plan_in_words_and_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
