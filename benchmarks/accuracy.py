@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import statistics
 import sys
@@ -199,8 +200,9 @@ def runs(setting: Setting, kept: Path | None, most: int = 0) -> Iterator[Result]
     wanted += [("moco", UNTRAINED, seed) for seed in setting.seeds]
     wanted += [(method, SIDES[2], seed) for seed in setting.seeds for method in TEMPERATURE]
     for method, side, seed in wanted:
-        result = found.get((method, side, seed))
-        if result is None:
+        if (method, side, seed) in found:
+            result = found[method, side, seed]
+        else:
             if most and new == most:
                 raise Enough
             new += 1
@@ -237,6 +239,9 @@ def claims(results: list[Result]) -> list[harness.Row]:
 
 
 def measure(quick: bool, kept: Path | None = None, most: int = 0) -> list[harness.Row]:
+    if importlib.util.find_spec("lightly") is None:
+        sys.stderr.write("lightly is not installed (pip install 'raycon[bench]'): not compared\n")
+        return []
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     setting = Setting(10_240, 10_000, 4, 256, 16, (0, 1, 2), 50)

@@ -40,12 +40,11 @@ def configure(name: str, gpu: bool, quick: bool) -> RunConfig:
     options: dict[str, Any] = {n: 0 for n in ("warmup_epochs", "warmup_view_epochs", "from_epoch") if n in has}
     if "queue" in has:
         options["queue"] = 65_536 if gpu else 16_384
-    encoder, stem, size = ("resnet50", "imagenet", 224) if gpu else ("resnet18", "small", 28)
-    width = 64 if gpu else 16 if quick else 32
+    encoder, size, width = ("resnet50", 224, 64) if gpu else ("resnet18", 28, 16 if quick else 32)
     return dataclasses.replace(
         base,
         method=dataclasses.replace(base.method, **options),
-        model=dataclasses.replace(base.model, encoder=encoder, stem=stem, width=width),
+        model=dataclasses.replace(base.model, encoder=encoder, stem="imagenet" if gpu else "small", width=width),
         data=dataclasses.replace(base.data, size=size),
         train=dataclasses.replace(base.train, batch=64, precision="bf16" if gpu else "fp32"),
     )
@@ -126,7 +125,7 @@ def planned(config: RunConfig) -> dict[str, int]:
 
 def apart(work: Callable[..., dict[str, int]], *given: Any) -> dict[str, int]:
     """The answer of ``work`` from a process of its own; that of a CPU is a fork, which has imported everything."""
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, work, given))
     process.start()

@@ -188,7 +188,8 @@ class Bare:
         self.optimizer.zero_grad()
         if self.name == "moco":
             with torch.no_grad():
-                mine, theirs = list(self.teacher.parameters()), list(self.student.parameters())
+                mine: list[Tensor] = list(self.teacher.parameters())
+                theirs: list[Tensor] = list(self.student.parameters())
                 torch._foreach_lerp_(mine, theirs, 1 - self.momentum)
                 self.queue = torch.cat([self.queue[batch:], key])
         part("optimiser, EMA, queue")
