@@ -36,28 +36,34 @@ def queue_logits(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature
 
     Keys and queue are constants: only the query receives a gradient.
     """
-    logits: Tensor = _QueueLogits.apply(query_BD, key_BD, queue_KD, temperature)  # type: ignore[no-untyped-call]
+    logits: Tensor = _QueueLogits.apply(query_BD, query_BD, key_BD, queue_KD, temperature)  # type: ignore[no-untyped-call]
     return logits
 
 
 class _QueueLogits(torch.autograd.Function):
-    """Written out so that the product lands where it stays: putting two parts together costs as much as the product."""
+    """Written out so that the product lands where it stays: putting two parts together costs as much as the product.
+
+    The query comes twice, for the queue and for its own key: so its gradients are added one after the other to those of
+    other losses, as autograd does with the parts, and the sums keep their bits.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, query_BD: Tensor, same_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float
+    ) -> Tensor:
         ctx.save_for_backward(key_BD, queue_KD)
         ctx.temperature = temperature
         logits_BC = query_BD.new_empty(len(query_BD), 1 + len(queue_KD))
         torch.mm(query_BD, queue_KD.T, out=logits_BC[:, 1:])
-        logits_BC[:, 0] = (query_BD * key_BD).sum(1)
+        logits_BC[:, 0] = (same_BD * key_BD).sum(1)
         return logits_BC.div_(temperature)
 
     @staticmethod
     def backward(ctx: Any, grad_BC: Tensor) -> tuple[Tensor | None, ...]:
-        assert not any(ctx.needs_input_grad[1:3]), "detach keys and queue"
+        assert not any(ctx.needs_input_grad[2:4]), "detach keys and queue"
         key_BD, queue_KD = ctx.saved_tensors
         grad_BC = grad_BC / ctx.temperature
-        return grad_BC[:, 1:] @ queue_KD + grad_BC[:, :1] * key_BD, None, None, None
+        return grad_BC[:, 1:] @ queue_KD, grad_BC[:, :1] * key_BD, None, None, None
 
 
 def prototype_logits(query_BD: Tensor, prototype_CD: Tensor, concentration_C: Tensor) -> Tensor:
