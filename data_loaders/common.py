@@ -156,7 +156,7 @@ class StreamLoader(ABC):
                     crop = _square(moved[:, first : first + spec.channels * spec.size**2], spec.size)
                     made.append(views.finish(crop, spec, params, flip=True, channels_last=plan.channels_last))
             first += spec.channels * spec.size**2
-        return tuple(made)
+        return tuple(view.bfloat16() for view in made) if plan.bf16 else tuple(made)
 
     def all_fused(self, epoch: int) -> bool:
         """Whether every view of the epoch is made by compiled loops, which other threads may run."""
@@ -239,9 +239,10 @@ def read_block(dataset: ImageSet, plan: LoaderPlan, source_BI: NDArray[np.int64]
         image = image.reshape(*source_BI.shape, *image.shape[1:])
     else:
         assert isinstance(dataset, FileSet), "a data set without a fixed image size has files"
+        wanted = source_BI.reshape(-1).tolist()
         photos = [
-            Photo(np.frombuffer(dataset.encoded(row), np.uint8), dataset.where(row))
-            for row in source_BI.reshape(-1).tolist()
+            Photo(np.frombuffer(data, np.uint8), dataset.where(row))
+            for row, data in zip(wanted, dataset.encoded_many(wanted), strict=True)
         ]
         image = crops_of(photos, plan, rows, epoch)
     return Block(rows, dataset.weak[rows], image)

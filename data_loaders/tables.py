@@ -22,7 +22,7 @@ from raycon.core.config import ConfigError
 from raycon.index import metadata
 
 from . import files
-from .datasets import IMAGENET_MEAN, IMAGENET_STD, FileSet, no_labels
+from .datasets import IMAGENET_MEAN, IMAGENET_STD, FileSet, check_labels, no_labels
 
 log = logging.getLogger(__name__)
 
@@ -203,44 +203,52 @@ def labels(values: Values, classes: tuple[str, ...] | None, where: str) -> tuple
 
 def build(name: str, split: str, root: Path | str, listed: Listed, train: Listed, level: str, where: str) -> FileSet:
     """The data set of what was listed; the classes are those of the train split."""
-    made: dict[str, tuple[NDArray[np.int64], tuple[str, ...]]] = {}
-    for role in ("label", "weak"):
-        made[role] = (no_labels(len(listed.files)), ())
-        if role in listed.columns:
-            made[role] = labels(listed.columns[role], classes_of(train.columns[role], where), f"{where}, {role}")
-    names = tuple(role.split(":", 1)[1] for role in listed.columns if role.startswith("attributes:"))
-    table = [listed.columns[f"attributes:{attribute}"].code for attribute in names]
-    attributes = np.stack(table, axis=1) if table else None
-    if level:
-        if attributes is None or not level.isdigit() or not 1 <= int(level) <= len(names):
-            raise ConfigError(
-                [
-                    f"data.level = {level!r}: a number of attributes, 1 .. {len(names)}, whose combinations are the weak "
-                    "labels; name the attributes with --data.columns attributes=COLUMN,COLUMN"
-                ]
-            )
-        weak = metadata.attribute_clusters(attributes, int(level))
-        made["weak"] = (weak, tuple(f"cluster {i}" for i in range(int(weak.max(initial=-1)) + 1)))
     found = FileSet(
-        name=name,
-        split=split,
-        label=made["label"][0],
-        weak=made["weak"][0],
-        classes=made["label"][1],
-        weak_classes=made["weak"][1],
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        attributes=attributes,
-        attribute_names=names,
-        root=root,
-        files=listed.files,
-    )
-    _warn(found, where)
+        name=name, split=split, root=root, files=listed.files, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        **labelled(listed, train, level, where),
+    )  # fmt: skip
+    warn(found, where)
     _look_for_some(found, where)
     return found
 
 
-def _warn(dataset: FileSet, where: str) -> None:
+def labelled(
+    listed: Listed, train: Listed, level: str, where: str, names: dict[str, tuple[str, ...]] | None = None
+) -> dict[str, Any]:
+    """The fields of an ImageSet that follow from the columns; the classes are those of the train split.
+
+    names: by role the classes' names where a file's own description has them; its labels are then numbers.
+    """
+    made: dict[str, tuple[NDArray[np.int64], tuple[str, ...]]] = {}
+    for role in ("label", "weak"):
+        made[role] = (no_labels(len(listed.files)), ())
+        if role in listed.columns:
+            classes = classes_of(train.columns[role], where) if role in train.columns else None
+            label, found = labels(listed.columns[role], classes, f"{where}, {role}")
+            if (named := (names or {}).get(role)) and classes is None:
+                check_labels(label[label >= 0], len(named), f"{where}, {role}")
+                found = named
+            made[role] = (label, found)
+    attributes_of = tuple(role.split(":", 1)[1] for role in listed.columns if role.startswith("attributes:"))
+    table = [listed.columns[f"attributes:{attribute}"].code for attribute in attributes_of]
+    attributes = np.stack(table, axis=1) if table else None
+    if level:
+        if attributes is None or not level.isdigit() or not 1 <= int(level) <= len(attributes_of):
+            raise ConfigError(
+                [
+                    f"data.level = {level!r}: a number of attributes, 1 .. {len(attributes_of)}, whose combinations are "
+                    "the weak labels; name the attributes with --data.columns attributes=COLUMN,COLUMN"
+                ]
+            )
+        weak = metadata.attribute_clusters(attributes, int(level))
+        made["weak"] = (weak, tuple(f"cluster {i}" for i in range(int(weak.max(initial=-1)) + 1)))
+    return {
+        "label": made["label"][0], "classes": made["label"][1], "weak": made["weak"][0],
+        "weak_classes": made["weak"][1], "attributes": attributes, "attribute_names": attributes_of,
+    }  # fmt: skip
+
+
+def warn(dataset: FileSet, where: str) -> None:
     """Of files that are listed more than once, and of classes of the train split that have no images."""
     order = np.argsort(dataset.files, kind="stable")
     ordered = dataset.files[order]

@@ -200,8 +200,12 @@ def pack(dataset: ImageSet, span: Span) -> bytes:
     """What the file holds from the first to the last byte of a span. Raises ValueError naming an unreadable image."""
     begin = int(span.start[0])
     region = np.zeros(int(span.start[-1] + span.size[-1]) - begin, dtype=np.uint8)
-    for i, (start, size) in enumerate(zip((span.start - begin).tolist(), span.size.tolist(), strict=True)):
-        data = _stored(dataset, span.first + i)
+    stored: Iterable[Any] = (_stored(dataset, span.first + i) for i in range(len(span.start)))
+    if isinstance(dataset, FileSet):
+        whole = dataset.encoded_many(range(span.first, span.first + len(span.start)))
+        stored = (np.frombuffer(data, np.uint8) for data in whole)
+    places = zip((span.start - begin).tolist(), span.size.tolist(), stored, strict=True)
+    for i, (start, size, data) in enumerate(places):
         if len(data) != size:
             raise ValueError(f"{dataset.where(span.first + i)}: has changed from {size} to {len(data)} bytes meanwhile")
         region[start : start + size] = data
@@ -286,7 +290,7 @@ def _write_spans(
 ) -> None:
     """Write the spans that are not in the file yet, then read all of them again."""
     head = {"data": dataset.fingerprint, "rows": len(dataset), "spans": len(spans)}
-    sums = _noted(journal, head)
+    sums = noted(journal, head)
     done = [span for span in spans if span.first in sums]
     if done:
         log.info("going on after %d of %d images", sum(len(s.start) for s in done), len(dataset))
@@ -313,7 +317,7 @@ def _write_spans(
             raise OSError(f"images {span.first} .. {span.first + len(span.start) - 1} were not written correctly")
 
 
-def _noted(journal: Path, head: dict[str, Any]) -> dict[int, int]:
+def noted(journal: Path, head: dict[str, Any]) -> dict[int, int]:
     """By its first row the checksum of each span that a stopped writer of this data had finished."""
     try:
         first, *lines = journal.read_text(encoding="utf-8").splitlines()

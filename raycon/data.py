@@ -67,6 +67,13 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         default="fail",
         help="skip: leave out unreadable images",
     )
+    add(
+        "--data.decode",
+        dest="decode",
+        choices=("always", "once"),
+        default="always",
+        help="once: keep images of one size decoded in data.cache",
+    )
     add("--data.cache", dest="cache", default="", help="where converted data and what is known of it are kept")
     if verb == "write-ffcv":
         parser.add_argument(
@@ -92,6 +99,7 @@ def _config(options: argparse.Namespace) -> DataConfig:
         columns=tuple(options.columns),
         level=options.level,
         on_error=options.on_error,
+        decode=options.decode,
         cache=cache,
     )
 

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 OPTIONS = ("listing", "columns", "level")
 """Options of ``DataConfig`` that a reader may take."""
+DEFAULT_CACHE = Path.home() / ".cache" / "raycon"
+"""Where a data set that is opened without a ``data.cache`` keeps what it finds out once."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -49,7 +51,7 @@ DAMAGED = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 """What PIL raises for images that are not whole."""
-PER_ROW = ("label", "weak", "targets", "attributes", "images", "files", "file_bytes")
+PER_ROW = ("label", "weak", "targets", "attributes", "images", "files", "file_bytes", "shard", "start")
 """The arrays of an ImageSet that have an entry per row."""
 
 
@@ -65,15 +67,23 @@ def about(name: str) -> str:
 
 
 def open_config(data: DataConfig, split: str = "train") -> ImageSet:
-    """The data set that a configuration names, unreadable images left out when ``data.on_error`` is skip.
+    """The data set that a configuration names, unreadable images left out when ``data.on_error`` is skip, its images
+    kept decoded when ``data.decode`` is once.
 
     Raises ConfigError as ``open_dataset`` does.
     """
-    dataset = open_dataset(data.name, data.root, split, listing=data.listing, columns=data.columns, level=data.level)
+    cache = Path(data.cache) if data.cache else DEFAULT_CACHE
+    dataset = open_dataset(
+        data.name, data.root, split, listing=data.listing, columns=data.columns, level=data.level, cache=cache
+    )
     if data.on_error == "skip" and isinstance(dataset, FileSet):
         from ..readable import readable_only
 
-        return readable_only(dataset, Path(data.cache) if data.cache else Path.home() / ".cache" / "raycon")
+        dataset = readable_only(dataset, cache)
+    if data.decode == "once":
+        from ..decoded import decode_once
+
+        return decode_once(dataset, cache)
     return dataset
 
 
@@ -85,10 +95,12 @@ def open_dataset(
     listing: str = "",
     columns: Sequence[str] = (),
     level: str = "",
+    cache: Path | None = None,
 ) -> ImageSet:
     """The data set ``name``; ``root``: where its files are, None or empty for the usual places.
 
-    listing, columns, level: see DataConfig; one that the data set does not have is warned about. Raises ConfigError for
+    listing, columns, level: see DataConfig; one that the data set does not have is warned about. cache: a folder for
+    what a reader finds out once (what is where in a shard); None: ``DEFAULT_CACHE``. Raises ConfigError for
     an unknown name (with the nearest one), an unknown split and missing or damaged files.
     """
     if name not in names():
@@ -113,6 +125,8 @@ def open_dataset(
             options[option] = value
         elif value:
             log.warning("data.%s = %r has no effect: %s has no such option", option, value, name)
+    if "cache" in known:
+        options["cache"] = cache or DEFAULT_CACHE
     dataset = module.open_split(place, split, **options)
     assert isinstance(dataset, ImageSet)
     if not len(dataset):
@@ -317,6 +331,25 @@ class FileSet(ImageSet):
             return data
         except OSError as error:
             raise ValueError(f"{self.where(row)}: cannot be read ({error.strerror or error})") from error
+
+    def encoded_many(self, rows: Sequence[int]) -> list[bytes]:
+        """``encoded`` of several rows in order; from an address at once, so that a row does not wait for the last one."""
+        if isinstance(self.root, Path):
+            return [self.encoded(row) for row in rows]
+        return self._fetched(rows, [self.where(row) for row in rows], None, None)
+
+    def _fetched(
+        self, rows: Sequence[int], addresses: list[str], starts: list[int] | None, ends: list[int] | None
+    ) -> list[bytes]:
+        """Bytes of files at addresses, whole ones or from start to end."""
+        assert isinstance(self.root, str)
+        got = file_system(self.root).cat_ranges(addresses, starts, ends, on_error="return")
+        for row, data in zip(rows, got, strict=True):
+            if isinstance(data, OSError):
+                raise ValueError(f"{self.where(row)}: cannot be read ({data.strerror or data})") from data
+            if isinstance(data, Exception):
+                raise data
+        return list(got)
 
     def sizes(self) -> NDArray[np.int64]:
         """(N,) bytes of each file. Raises ValueError naming one that is gone."""

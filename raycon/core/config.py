@@ -103,6 +103,8 @@ class DataConfig:
     """Which weak labels, where a data set has several (docs/data.md)."""
     on_error: Literal["fail", "skip"] = "fail"
     """skip: read all images once before the run and leave the unreadable ones out, with their number in the log."""
+    decode: Literal["always", "once"] = "always"
+    """once: image files of one size are decoded once, into a file in data.cache that is mapped (docs/loaders.md)."""
     loader: Literal["auto", "ffcv", "ray", "torch"] = "auto"
     """auto: ffcv where it is installed, else torch; the choice is printed."""
     size: int = 224
@@ -115,7 +117,7 @@ class DataConfig:
     workers: int = 0
     """Loader processes (torch) or threads (ffcv) per rank; 0: the loader works in the training process."""
     cache: str = ""
-    """Where converted data (.beton) is kept; empty: .cache beside the run directory."""
+    """Where converted data is kept; empty: .cache beside the run directory (.beton), or else ~/.cache/raycon."""
     validation: float = 0.0
     """Share of the training images held out by (seed, row): not trained on, and what evaluations score instead of the
     test split. For sweeps; 0: none."""

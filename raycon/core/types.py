@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """B samples on this rank, on the device."""
 
     views: tuple[Tensor, ...]
-    """Each (B, C, H, W) float, normalised; one per name in ``Needs.views``."""
+    """Each (B, C, H, W) float32 or bfloat16, normalised; one per name in ``Needs.views``."""
     row: Tensor
     """(B,) int64, 0 <= row < N."""
     label: Tensor
@@ -262,3 +262,5 @@ class LoaderPlan:
     """Give views in torch.channels_last memory format."""
     augment: str = "auto"
     """``data.augment``: auto, batched or fused."""
+    bf16: bool = False
+    """Training views in bfloat16: made in float32 and rounded at the end, as autocast would do it."""
