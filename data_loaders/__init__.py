@@ -45,6 +45,8 @@ def open_loader(kind: str, dataset: ImageSet, plan: LoaderPlan) -> StreamLoader:
             return open_loader("torch", dataset, plan)
     if kind not in LOADERS:
         raise ConfigError([f"data.loader = {kind!r}: there are auto, {', '.join(LOADERS)}"])
+    if plan.nodes and kind != "ray":
+        log.warning("data.nodes = %r has no effect: only the ray loader reads on other nodes", plan.nodes)
     module, name = LOADERS[kind]
     try:
         loader = getattr(importlib.import_module(f".{module}", __name__), name)(dataset, plan)

@@ -219,6 +219,8 @@ def sources(plan: LoaderPlan, row_M: NDArray[np.int64], epoch: int, neighbours_N
 
     Which of the K is a function of (seed, epoch, row, view), uniform. Without neighbours: the row itself again.
     """
+    if not plan.neighbour_views:
+        return row_M[:, None]
     columns = [row_M]
     for view in range(len(plan.specs) - plan.neighbour_views, len(plan.specs)):
         if neighbours_NK is None:

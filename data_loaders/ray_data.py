@@ -3,8 +3,11 @@
 Each rank runs a Ray Dataset of its own over its own rows of the epoch, in stream order. That is what makes it exact:
 a split of one common dataset (``streaming_split``) promises neither which rows a rank gets nor a start in the middle of
 an epoch, and makes every rank wait for all. The rows go out in blocks of about 32 MB of what comes back, one task
-each: few tasks for small sets, where the cost of a task would dominate, and a bounded number of bytes on the way,
-because Ray Data starts no more tasks than its share of the object store takes. Blocks are given back in order.
+each: few tasks for small sets, where the cost of a task would dominate. Blocks are given back in order.
+
+What is read from is any data set: files, shards, copies of Parquet files, arrays (datasets/). What may lie ready or be
+under way is bounded per rank (``_ahead``): left alone every rank's Dataset would take half of the cluster's object store.
+``plan.nodes`` keeps the tasks on nodes with a label, CPU machines that decode while GPU machines train.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import pyarrow
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.data import ExecutionResources
 
+from raycon.core.config import ConfigError
 from raycon.core.types import LoaderPlan
 
 from .common import Block, StreamLoader, read_block, specs_of
@@ -29,6 +34,10 @@ log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 32 * 2**20
 """What a task gives back, about."""
+AHEAD_BYTES = 512 * 2**20
+"""What a rank may have ready or under way, when four batches are not more."""
+STORE_SHARE = 0.5
+"""Of the cluster's object store that all ranks together may take."""
 TASKS = 512
 """Of one Ray Dataset, at most. A longer epoch is a sequence of them, so that it starts as fast as a short one."""
 
@@ -42,7 +51,8 @@ class RayDataLoader(StreamLoader):
         if not ray.is_initialized():
             raise ValueError("data.loader = 'ray' needs a running Ray: use --runtime ray, or --data.loader torch")
         self._source = ray.put((dataset, plan))  # once, not with every task
-        self._cpus = _cpus_per_task(plan.world)
+        self._labels = _labels(plan.nodes)
+        self._cpus = 1.0 if self._labels else _cpus_per_task(plan.world)
 
     def _blocks(self, source_MI: NDArray[np.int64], size: int, epoch: int | None) -> Iterator[Block]:
         per_task = max(1, BLOCK_BYTES // self._row_bytes(epoch))
@@ -56,6 +66,10 @@ class RayDataLoader(StreamLoader):
         source = ray.data.from_blocks(tables)
         context = source.context
         context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=self._ahead(size * self._row_bytes(epoch))
+        )
+        context.execution_options.label_selector = self._labels
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         images = source.map_batches(
@@ -70,6 +84,11 @@ class RayDataLoader(StreamLoader):
             # Arrays out of the object store are read-only, which torch cannot express.
             yield Block(*(np.require(batch[name], requirements="W") for name in Block._fields))
 
+    def _ahead(self, batch_bytes: int) -> float:
+        """Bytes that may lie in the object store: a few batches, two blocks at least, never more than a fair share."""
+        store = ray.cluster_resources().get("object_store_memory", 0.0) * STORE_SHARE / self.plan.world
+        return max(2 * BLOCK_BYTES, min(max(AHEAD_BYTES, 4 * batch_bytes), store))
+
     def _row_bytes(self, epoch: int | None) -> int:
         """Bytes that come back per row."""
         if self.dataset.image is not None:
@@ -82,6 +101,32 @@ def _read(batch: dict[str, NDArray[np.int64]], source: Any, epoch: int | None) -
     """In a task: a block of rows in (a column per image to read), the same rows with what was read out."""
     dataset, plan = ray.get(source)
     return read_block(dataset, plan, np.stack([batch[f"image{i}"] for i in range(len(batch))], axis=1), epoch)._asdict()
+
+
+def _labels(wanted: str) -> dict[str, str] | None:
+    """A label selector. Raises ConfigError when it is not KEY=VALUE, or no node with a CPU has the label."""
+    if not wanted:
+        return None
+    key, equals, value = wanted.partition("=")
+    if not key or not equals or not value:
+        raise ConfigError([f"data.nodes = {wanted!r}: give KEY=VALUE, a label of nodes (ray start --labels KEY=VALUE)"])
+    there = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if not any(node.get("Labels", {}).get(key) == value for node in there):
+        known = sorted(
+            {
+                f"{k}={v}"
+                for node in there
+                for k, v in node.get("Labels", {}).items()
+                if not k.startswith("ray.io/node-")
+            }
+        )
+        raise ConfigError(
+            [
+                f"data.nodes = {wanted!r}: no node with a CPU has this label ({', '.join(known) or 'there are none'}); start "
+                f"one with ray start --labels {wanted}"
+            ]
+        )
+    return {key: value}
 
 
 def _cpus_per_task(world: int) -> float:

@@ -46,6 +46,10 @@ _NUMBERED = re.compile(r"(\d+)-of-(\d+)\.")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _TEXT_BYTES = 1 << 20
 """Of a member that holds a label, at most."""
+_GAP_BYTES = 1 << 16
+"""Between two images of a shard at an address, up to which both come in one request."""
+_STRETCH_BYTES = 1 << 24
+"""Of a shard in one request, about."""
 _MOST_SHARDS = 1_000_000
 
 
@@ -103,13 +107,30 @@ class ShardSet(FileSet):
         places = [self.shards[i] for i in self.shard[wanted].tolist()]
         starts, sizes = self.start[wanted].tolist(), self.file_bytes[wanted].tolist()
         if files.is_remote(self.shards[0]):
-            ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-            got = self._fetched(rows, places, starts, ends)
+            got = self._remote(wanted)
         else:
             got = [self._local(*args) for args in zip(rows, places, starts, sizes, strict=True)]
         for row, place, data, size in zip(rows, places, got, sizes, strict=True):
             if len(data) != size:
                 raise ValueError(f"{self.where(row)}: cannot be read ({place} has been cut off meanwhile)")
+        return got
+
+    def _remote(self, wanted: NDArray[np.int64]) -> list[bytes]:
+        """Images that lie beside each other in one request: rows in order take whole stretches of a shard at once."""
+        assert self.file_bytes is not None
+        order = np.lexsort((self.start[wanted], self.shard[wanted]))
+        rows = wanted[order]
+        shard, start, end = self.shard[rows], self.start[rows], self.start[rows] + self.file_bytes[rows]
+        apart = (np.diff(shard) != 0) | (start[1:] - end[:-1] > _GAP_BYTES)
+        stretch = np.concatenate([[0], np.cumsum(apart | (np.diff(start // _STRETCH_BYTES) != 0))])
+        first = np.flatnonzero(np.diff(stretch, prepend=-1))
+        last = np.append(first[1:], len(rows)) - 1
+        begin = start[first]
+        places = [self.shards[i] for i in shard[first].tolist()]
+        parts = self._fetched(rows[first].tolist(), places, begin.tolist(), end[last].tolist())
+        got = [b""] * len(rows)
+        for at, part, a, b in zip(order.tolist(), stretch.tolist(), start.tolist(), end.tolist(), strict=True):
+            got[at] = parts[part][a - int(begin[part]) : b - int(begin[part])]
         return got
 
     def _local(self, row: int, place: str, start: int, size: int) -> bytes:

@@ -115,7 +115,10 @@ class DataConfig:
     """How views are made on a CPU: in batched steps, or fused into compiled loops (needs Numba); auto: fused where an
     epoch is worth compiling for (docs/loaders.md). The same views up to float32 rounding."""
     workers: int = 0
-    """Loader processes (torch) or threads (ffcv) per rank; 0: the loader works in the training process."""
+    """Loader processes (torch), threads (ffcv) or tasks at once (ray) per rank; 0: the loader works in the training
+    process, of Ray as many tasks as there are CPUs."""
+    nodes: str = ""
+    """Label KEY=VALUE of the nodes on which the ray loader reads and decodes (ray start --labels); empty: any node."""
     cache: str = ""
     """Where converted data is kept; empty: .cache beside the run directory (.beton), or else ~/.cache/raycon."""
     validation: float = 0.0

@@ -262,5 +262,7 @@ class LoaderPlan:
     """Give views in torch.channels_last memory format."""
     augment: str = "auto"
     """``data.augment``: auto, batched or fused."""
+    nodes: str = ""
+    """``data.nodes``: label of the nodes that the ray loader's tasks run on."""
     bf16: bool = False
     """Training views in bfloat16: made in float32 and rounded at the end, as autocast would do it."""

@@ -107,6 +107,7 @@ def loader_plan(
         cache=Path(config.data.cache or run_dir.parent / ".cache"),
         channels_last=config.model.channels_last,
         augment=config.data.augment,
+        nodes=config.data.nodes,
         bf16=config.train.precision == "bf16",
     )
 

@@ -289,6 +289,8 @@ def test_ranks_share_out_the_same_global_batches(small: ArraySet, cache: Path) -
     [
         *(pytest.param(data, "torch", augment) for data in ("small", "photos") for augment in ("batched", "fused")),
         pytest.param("small", "ffcv", "fused", marks=pytest.mark.ffcv),
+        pytest.param("photos", "ffcv", "batched", marks=pytest.mark.ffcv),
+        pytest.param("small", "ray", "fused", marks=pytest.mark.ray),
         pytest.param("photos", "ray", "batched", marks=pytest.mark.ray),
     ],
 )
@@ -299,7 +301,7 @@ def test_the_stream_is_elastic(data: str, cache: Path, kind: str, augment: str, 
     dataset = request.getfixturevalue(data)
     batch, epoch = (60, 4) if dataset.image else (6, 4)
 
-    def steps(world: int, first: int, last: int) -> list[list[tuple[int, tuple[torch.Tensor, ...]]]]:
+    def steps(world: int, first: int, last: int, kind: str = kind) -> list[list[tuple[int, tuple[torch.Tensor, ...]]]]:
         found: list[list[tuple[int, tuple[torch.Tensor, ...]]]] = [[] for _ in range(first, last)]
         for rank in range(world):
             loader = open_loader(
@@ -312,17 +314,35 @@ def test_the_stream_is_elastic(data: str, cache: Path, kind: str, augment: str, 
         return found
 
     all_steps = len(dataset) // batch
-    reference = steps(1, 0, all_steps)
+    reference = steps(1, 0, all_steps, "torch")
     order = epoch_order(5, epoch, len(dataset))[: all_steps * batch]
     assert [row for step in reference for row, _ in step] == order.tolist()
     resumed = steps(3, 0, 1) + steps(1, 1, 2) + steps(2, 2, all_steps)
-    worlds = [resumed] if kind != "torch" else [steps(2, 0, all_steps), steps(3, 0, all_steps), resumed]
-    for found in worlds:
+    for found in (*(steps(world, 0, all_steps) for world in (1, 2, 3)), resumed):
         for one, two in zip(found, reference, strict=True):
             assert [row for row, _ in one] == [row for row, _ in two]
             for (_, views_one), (_, views_two) in zip(one, two, strict=True):
                 for a, b in zip(views_one, views_two, strict=True):
                     torch.testing.assert_close(a, b, rtol=0, atol=0 if augment == "fused" else 2e-5)
+
+
+@pytest.mark.parametrize("augment", AUGMENT)
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("data", ["small", "photos"])
+def test_bf16_views_are_rounded_fp32_ones(
+    data: str, cache: Path, kind: str, augment: str, request: pytest.FixtureRequest
+) -> None:
+    dataset = request.getfixturevalue(data)
+    asked = plan(dataset, cache, rank=1, world=2, augment=augment)
+    loaders = [open_loader(kind, dataset, dataclasses.replace(asked, bf16=bf16)) for bf16 in (False, True)]
+    for whole, half in itertools.islice(zip(*(loader.train(1) for loader in loaders), strict=True), 2):
+        assert torch.equal(whole.row, half.row)
+        for one, two in zip(whole.views, half.views, strict=True):
+            assert two.dtype == torch.bfloat16
+            assert two.is_contiguous(memory_format=torch.channels_last)
+            assert (two.float() - one).abs().le(one.abs() * 2.0**-8).all()  # 8 bits, to the nearest
+    for loader in loaders:
+        loader.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

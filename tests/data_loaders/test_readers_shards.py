@@ -211,12 +211,28 @@ def address(root: Path) -> Iterator[str]:
     system.rm("/shards", recursive=True)
 
 
-def test_archives_at_an_address(address: str, root: Path, tmp_path: Path) -> None:
+def test_archives_at_an_address(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = open_dataset("image-shards", address, cache=tmp_path / "cache")
     assert isinstance(found, FileSet)
     assert (colours(found), found.label.tolist()) == ([0, 1, 2, 3, 4], [0, 1, 2, 0, 1])
     assert found.where(0) == "memory://shards/train-000000.tar/in/000.png"
-    assert found.encoded_many([3, 1]) == [png(3), png(1)]
+    requests: list[tuple[int, int]] = []
+    original = FileSet._fetched
+
+    def counted(self: FileSet, rows: Any, places: Any, starts: Any, ends: Any) -> list[bytes]:
+        requests.extend(zip(starts, ends, strict=True))
+        return original(self, rows, places, starts, ends)
+
+    monkeypatch.setattr(FileSet, "_fetched", counted)
+    assert found.encoded_many([3, 1, 3]) == [png(3), png(1), png(3)]
+    assert len(requests) == 2
+    requests.clear()
+    assert found.encoded_many(range(5)) == [png(i) for i in range(5)]
+    assert len(requests) == 2  # a shard at once
+    monkeypatch.setattr(shards, "_GAP_BYTES", 0)
+    requests.clear()
+    assert found.encoded_many([4, 2, 0, 1, 3]) == [png(i) for i in (4, 2, 0, 1, 3)]
+    assert sum(b - a for a, b in requests) == sum(len(png(i)) for i in range(5))
     twin = open_dataset("image-shards", address, listing="train-00000{0..1}.tar", cache=tmp_path / "cache")
     assert colours(twin) == [0, 1, 2, 3, 4]
     import fsspec

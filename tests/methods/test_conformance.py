@@ -209,6 +209,8 @@ def test_a_step(name: str, changes: dict[str, Any]) -> None:
         rounded = method(batch, mined).loss
         assert rounded.dtype == torch.float32
         assert abs(float(rounded.detach()) - float(output.loss.detach())) < 0.1 + 0.1 * abs(float(output.loss.detach()))
+        half = batch._replace(views=tuple(view.bfloat16() for view in batch.views))
+        assert torch.equal(method(half, mined).loss, rounded)  # what autocast does to the views a loader may do before
 
 
 @pytest.mark.parametrize("name", methods.names())
