@@ -395,3 +395,29 @@ def test_indexing_holds_no_object_per_image(tmp_path: Path) -> None:
     found = open_dataset("image-shards", tmp_path, cache=tmp_path / "cache")
     assert len(pickle.dumps(found)) < 3000 * 80
     assert len(list(itertools.islice(found.encoded_many(range(3000)), 3))) == 3  # type: ignore[attr-defined]
+
+
+def test_a_run_on_archives_reports_what_was_left_out(tmp_path: Path) -> None:
+    """From archives of which one image is damaged, decoded once, in bf16, to the report."""
+    from raycon import pretrain
+
+    def image(number: int) -> bytes:
+        out, generator = io.BytesIO(), np.random.default_rng(number)
+        Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(out, "PNG")
+        return out.getvalue()
+
+    members = {f"{i:02}.{e}": d for i in range(41) for e, d in (("png", image(i) if i != 7 else b"x"), ("cls", b"0"))}
+    tar(tmp_path / "set" / "train" / "0.tar", members)
+    options = [
+        "quickstart", "--method.clusters=16", "--method.negatives=4", "--method.warmup-epochs=1", "--runtime=local",
+        "--data.name=image-shards", f"--data.root={tmp_path / 'set'}", f"--data.cache={tmp_path / 'cache'}",
+        "--data.on-error=skip", "--data.decode=once", "--data.loader=torch", "--train.batch=8", "--train.epochs=1",
+        "--train.warmup-epochs=0", "--train.precision=bf16", "--model.width=4", "--evals.names",
+        f"--run.dir={tmp_path / 'run'}", "--log.quiet",
+    ]  # fmt: skip
+    assert pretrain.main(options) == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (left_out,) = [event for event in events if "dropped" in event]
+    assert left_out["dropped"] == 1
+    assert "1 unreadable images left out, 40 stay" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert len(list((tmp_path / "cache").glob("*.decoded.npy"))) == 1
