@@ -293,6 +293,32 @@ def _drop(_: object) -> None:
     pass
 
 
+def decoding_once(folder: Path, rows: int, repeats: int) -> list[Row]:
+    """Tiny images that are PNG files: read and decoded each time, or mapped from the file of data.decode = once."""
+    from PIL import Image
+
+    from raycon.data_loaders.decoded import decode_once
+
+    pixels = tiny_set(rows)
+    for row in range(rows):
+        Image.fromarray(pixels.read(row)).save(folder / f"{row:05}.png")
+    files = FileSet(
+        name="icons", split="train", label=pixels.label, weak=pixels.weak, mean=MEAN, std=STD, root=folder,
+        files=np.array([b"%05d.png" % row for row in range(rows)]),
+    )  # fmt: skip
+    once = decode_once(files, folder / "cache")
+    sides = {
+        name: epoch_of("torch", dataset, plan_of(dataset, TINY, BATCH, folder, augment="fused"))
+        for name, dataset in (("each time", files), ("once", once), ("in memory", pixels))
+    }
+    cpu = interleave(sides, repeats)
+    what = f"two {TINY} px views of {rows:,} PNG files, CPU s"
+    return [
+        at_least(f"{what}: decoding each time / once (mapped)", cpu["each time"], cpu["once"], 3, cpu["in memory"]),
+        at_most(f"{what}: decoded once (mapped) / an array in memory", cpu["once"], cpu["in memory"], 1.25),
+    ]
+
+
 def tree_seconds() -> float:
     """CPU seconds of this process and of all below it, also of those that have ended."""
     import psutil
@@ -397,12 +423,13 @@ def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     repeats = 5 if quick else 15
     with tempfile.TemporaryDirectory(prefix="raycon-bench-") as name:
-        folders = [Path(name) / part for part in ("tiny", "large", "ray", "grown")]
+        folders = [Path(name) / part for part in ("tiny", "large", "ray", "grown", "once")]
         for folder in folders:
             folder.mkdir()
         rows = tiny(folders[0], repeats)
         rows += large(folders[1], 96 if quick else 192, max(3, repeats // 2))
         rows += start_and_growth(folders[3], repeats)
+        rows += decoding_once(folders[4], 1024 if quick else 4096, max(3, repeats // 2))
         if absent("ray"):
             return rows
         return rows + over_ray(folders[2], quick)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from raycon.core.types import LoaderPlan
 from raycon.data_loaders import open_loader
 from raycon.data_loaders.datasets import FileSet, no_labels
 from raycon.nn import views
+from tests.helpers import free_port
 
 ray = pytest.importorskip("ray")
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROWS, SIDE = 600, 64
 ROW_BYTES = 2 * 3 * SIDE**2
+PATIENCE = "RAY_agent_register_timeout_ms"
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +34,14 @@ def nodes() -> Iterator[dict[str, str]]:
     from ray.cluster_utils import Cluster
 
     store = 100 * 2**20
+    os.environ[PATIENCE] = "120000"  # of a node's helpers, when the machine is busy
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": store, "include_dashboard": False},
-    )
+        head_node_args={
+            "num_cpus": 2, "object_store_memory": store, "include_dashboard": False,
+            "dashboard_agent_listen_port": free_port(),
+        },
+    )  # fmt: skip
     try:
         worker = cluster.add_node(num_cpus=2, object_store_memory=store, labels={"work": "decode"})
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -42,6 +49,7 @@ def nodes() -> Iterator[dict[str, str]]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+        del os.environ[PATIENCE]
 
 
 def counted(folder: Path) -> tuple[FileSet, Path]:
