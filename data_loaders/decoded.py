@@ -174,13 +174,13 @@ def _write(dataset: FileSet, size: tuple[int, int, int], file: Path) -> None:
     journal.unlink(missing_ok=True)
 
 
-def _write_spans(dataset: FileSet, shape: tuple[int, ...], part: Path, journal: Path) -> None:
+def _write_spans(dataset: FileSet, shape: tuple[int, int, int, int], part: Path, journal: Path) -> None:
     """Decode what is not in the file yet, then read all of it again. Raises ValueError naming an image, OSError."""
     head = {"data": dataset.fingerprint, "shape": list(shape)}
     sums = noted(journal, head) if part.exists() else {}
     if not sums:
-        with part.open("wb") as out:
-            np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with part.open("wb") as new:
+            np.lib.format.write_array_header_1_0(new, {"descr": "|u1", "fortran_order": False, "shape": shape})
         journal.write_text(json.dumps(head) + "\n", encoding="utf-8")
     rows, each = shape[0], int(np.prod(shape[1:]))
     step = max(1, SPAN_BYTES // each)

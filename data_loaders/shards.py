@@ -320,7 +320,7 @@ def kept(cache: Path, one: Found, roles: dict[str, str]) -> Path:
 def _save(file: Path, index: Index) -> None:
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     with open(part, "wb") as out:
-        texts = {f"text:{role}": values for role, values in index.texts.items()}
+        texts: dict[str, Any] = {f"text:{role}": values for role, values in index.texts.items()}
         np.savez_compressed(out, name=index.name, start=index.start, size=index.size, **texts)
     os.replace(part, file)
 
@@ -375,7 +375,8 @@ def _opened(file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
 
 def _samples(tar: tarfile.TarFile, where: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """(name, members by extension) of consecutive members that share the name up to its first dot."""
-    key, members = "", {}
+    key = ""
+    members: dict[str, tarfile.TarInfo] = {}
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
         match = _SAMPLE.fullmatch(member.name)
@@ -464,7 +465,7 @@ def build(
     shards: list[Found],
     found: list[Index],
     train: tuple[list[Found], list[Index]],
-    places: Sequence[Path] | None = None,
+    places: Sequence[Path] = (),
     names: dict[str, tuple[str, ...]] | None = None,
 ) -> ShardSet:
     """The data set. places: where the shards' bytes are, when not in the shards themselves; names: see labelled."""
@@ -474,7 +475,7 @@ def build(
     made = ShardSet(
         name=name, split=split, root=root, files=mine.files, mean=IMAGENET_MEAN, std=IMAGENET_STD,
         file_bytes=np.concatenate([index.size for index in found]),
-        shards=tuple(map(str, places or [one.file for one in shards])),
+        shards=tuple(map(str, places)) if places else tuple(one.file for one in shards),
         shard=np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.size) for index in found]),
         start=np.concatenate([index.start for index in found]),
         stamp=stamp,
