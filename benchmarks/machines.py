@@ -142,6 +142,7 @@ class Machines:
         from ray.cluster_utils import Cluster
 
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # for this process and all it starts, on this machine
+        ray.shutdown()  # of what this process was connected to before
         port = free_port()
         # Named to the nodes' processes: where several clusters run on a machine, Ray would not find its own.
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"

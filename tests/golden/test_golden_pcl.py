@@ -242,7 +242,7 @@ def test_two_ranks_with_shuffle_bn(golden_dir: Path) -> None:
     for rank, ours in enumerate(on_ranks(2, shuffled_step, str(golden_dir))):
         for name in ("logits", "loss", "grad", "kmean", "kvar", "qmean"):
             close(ours[name], g[name][rank], 1e-6)
-        close(ours["grad_mean"], g["grad_mean"], 1e-6)
+        close(ours["grad_mean"], g["grad_mean"], 3e-6)  # as whole traces: a second processor is 1.1e-6 away
         close(ours["queue"], g["queue"], 1e-6)
 
 
