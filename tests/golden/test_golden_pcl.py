@@ -240,9 +240,18 @@ def shuffled_step(folder: str) -> dict[str, torch.Tensor]:
 def test_two_ranks_with_shuffle_bn(golden_dir: Path) -> None:
     (g,) = golden_files(golden_dir, "pcl_ddp2_step")
     for rank, ours in enumerate(on_ranks(2, shuffled_step, str(golden_dir))):
-        for name in ("logits", "loss", "grad", "kmean", "kvar", "qmean"):
-            close(ours[name], g[name][rank], 1e-6)
-        close(ours["grad_mean"], g["grad_mean"], 3e-6)  # as whole traces: a second processor is 1.1e-6 away
+        # As in pcl_infonce and in whole traces: logits of 2 in the last bits, gradients behind a BatchNorm. On a second
+        # processor they are up to 2.1e-6 away.
+        for name, atol in {
+            "logits": 2e-6,
+            "loss": 1e-6,
+            "grad": 3e-6,
+            "kmean": 1e-6,
+            "kvar": 1e-6,
+            "qmean": 1e-6,
+        }.items():
+            close(ours[name], g[name][rank], atol)
+        close(ours["grad_mean"], g["grad_mean"], 3e-6)
         close(ours["queue"], g["queue"], 1e-6)
 
 
