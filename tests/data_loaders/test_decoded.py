@@ -20,6 +20,8 @@ from raycon.data_loaders.datasets import ArraySet, ImageSet, open_config, open_d
 from raycon.data_loaders.hold_out import hold_out
 from raycon.nn import views
 
+KINDS = ["torch", pytest.param("ffcv", marks=pytest.mark.ffcv), pytest.param("ray", marks=pytest.mark.ray)]
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
@@ -52,7 +54,8 @@ def plan_of(dataset: ImageSet, cache: Path, **options: Any) -> LoaderPlan:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["torch", pytest.param("ffcv", marks=pytest.mark.ffcv)])
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_stream_is_that_of_an_array(root: Path, tmp_path: Path, kind: str) -> None:
     dataset, array = pickle.loads(pickle.dumps(open_config(config(root)))), in_memory(root)
     assert dataset.image == (3, 14, 18)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,28 +25,13 @@ AUGMENT = [
     "batched",
     pytest.param("fused", marks=pytest.mark.skipif(find_spec("numba") is None, reason="Numba is not installed")),
 ]
+pytestmark = pytest.mark.usefixtures("cluster")
 KINDS = ["torch", pytest.param("ffcv", marks=pytest.mark.ffcv), pytest.param("ray", marks=pytest.mark.ray)]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A Ray for the tests that are marked so, when one of them is to run."""
-    if not any(item.get_closest_marker("ray") and item.module is request.module for item in request.session.items):
-        yield
-        return
-    import ray
-
-    from raycon.on_ray import here
-
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    here.start(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

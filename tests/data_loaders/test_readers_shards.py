@@ -24,6 +24,8 @@ from raycon.data_loaders.datasets import FileSet, ImageSet, image_parquet, open_
 from raycon.data_loaders.write_ffcv import beton_problem, write_beton
 from raycon.nn import views
 
+KINDS = ["torch", pytest.param("ffcv", marks=pytest.mark.ffcv), pytest.param("ray", marks=pytest.mark.ray)]
+
 
 def png(number: int) -> bytes:
     out = io.BytesIO()
@@ -355,7 +357,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileSet]:
 
 
 @pytest.mark.parametrize("form", ["shards", "parquet"])
-@pytest.mark.parametrize("kind", ["torch", pytest.param("ffcv", marks=pytest.mark.ffcv)])
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_stream_is_that_of_a_folder(forms: dict[str, FileSet], tmp_path: Path, form: str, kind: str) -> None:
     folder, dataset = forms["folder"], pickle.loads(pickle.dumps(forms[form]))
     spec = views.view_spec("mocov2", "strong", 24, dataset.mean, dataset.std)
