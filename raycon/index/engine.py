@@ -31,7 +31,10 @@ GPU_BLOCK = 16384
 _CENTROIDS = 4096
 """Centroids compared at a time by torch: bounds its scores to 16 MB on a CPU, 256 MB on a GPU."""
 _CPU_SCORES = 4 * 2**20
-"""Scores of a search at a time on a CPU: 16 MB."""
+"""Scores of a search at a time on a CPU without compiled loops: 16 MB."""
+_TILE = (1024, 1024)
+"""Rows and columns of a product on a CPU, for the compiled loops: smaller ones stay in the cache but make the product
+itself slower by more than that saves."""
 _QUERIES = 8192
 """Queries searched at a time."""
 _GPU_SEARCH = 65536
@@ -106,9 +109,11 @@ class TorchEngine:
         if weight_K is not None:
             weights = torch.tensor(weight_K, dtype=torch.float32, device=self.device)
             offset_K = offset_K + weights
-        parts = [slice(start, start + _CENTROIDS) for start in range(0, len(centroids), _CENTROIDS)]
+        if self.device.type == "cpu" and _has_numba():
+            return self._nearest_compiled(centroids * -2, offset_K, second, weights)
         if self.device.type == "cpu":
             wide = torch.cat([centroids * -2, offset_K[:, None]], 1)
+        parts = [slice(start, start + _CENTROIDS) for start in range(0, len(centroids), _CENTROIDS)]
 
         def block(rows: Tensor, squares_N: Tensor | None = None) -> Found:
             if self.device.type == "cpu":
@@ -138,6 +143,38 @@ class TorchEngine:
             if second_N is not None:
                 second_N = second_N.add_(squared_N).clamp_min_(0)
             return Found(best_N.add_(squared_N).clamp_min_(0), label_N, second_N)
+
+        return block
+
+    def _nearest_compiled(self, doubled_KD: Tensor, offset_K: Tensor, second: bool, weight_K: Tensor | None) -> Nearest:
+        """``nearest`` of centroids times -2, in tiles."""
+        from raycon.index import compiled
+
+        tall, broad = _TILE
+        parts = [
+            (start, doubled_KD[start : start + broad].T, offset_K[start : start + broad].numpy())
+            for start in range(0, len(doubled_KD), broad)
+        ]
+
+        def block(rows: Tensor, squares_N: Tensor | None = None) -> Found:
+            total = len(rows)
+            best_N, label_N = np.full(total, np.inf, dtype=np.float32), np.zeros(total, dtype=np.int64)
+            second_N = np.full(total if second else 0, np.inf, dtype=np.float32)
+            for first in range(0, total, tall):
+                some, inside = rows[first : first + tall], slice(first, first + tall)
+                answer = best_N[inside], label_N[inside], second_N[inside]
+                for start, columns, offset in parts:
+                    score = torch.mm(some, columns, out=self._memory(len(some), len(offset))).numpy()
+                    in_parts(len(some), functools.partial(compiled.take_lowest, score, offset, start, *answer))
+            squared_N = squares(rows.numpy()) if squares_N is None else squares_N.numpy()
+            sqdist_N = best_N if weight_K is None else best_N - weight_K.numpy()[label_N]
+            sqdist_N += squared_N
+            np.maximum(sqdist_N, 0, out=sqdist_N)
+            if second:
+                second_N += squared_N
+                np.maximum(second_N, 0, out=second_N)
+            found = Found(torch.from_numpy(sqdist_N), torch.from_numpy(label_N), None)
+            return found._replace(second_N=torch.from_numpy(second_N)) if second else found
 
         return block
 
@@ -176,15 +213,19 @@ class TorchEngine:
         total = len(queries)
         best_QK = np.full((total, count), np.inf, dtype=np.float32)
         position_QK = np.full((total, count), -1, dtype=np.int64)
-        wide_queries = self._with_ones("queries", queries)
-        size = min(max(_CPU_SCORES // max(total, 1), 256), len(rows_ND))
-        for start in range(0, len(rows_ND), size):
-            block = torch.from_numpy(rows_ND[start : start + size])
-            wide = self._with_ones("rows", block)
-            torch.mul(block, -2, out=wide[:, :-1])
-            wide[:, -1] = _squares(block)
-            score = torch.mm(wide_queries, wide.T, out=self._memory(total, len(block)))
-            in_parts(total, functools.partial(compiled.keep_nearest, score.numpy(), start, best_QK, position_QK))
+        doubled, squared_N = queries * -2, squares(rows_ND)
+        tall, broad = max(_TILE), _TILE[1]
+        for start in range(0, len(rows_ND), broad):
+            block = torch.from_numpy(rows_ND[start : start + broad]).T
+            offset = squared_N[start : start + broad]
+            for first in range(0, total, tall):
+                some = doubled[first : first + tall]
+                score = torch.mm(some, block, out=self._memory(len(some), block.shape[1])).numpy()
+                inside = slice(first, first + len(some))
+                keep = functools.partial(
+                    compiled.keep_nearest, score, offset, start, best_QK[inside], position_QK[inside]
+                )
+                in_parts(len(some), keep)
         order = np.lexsort((position_QK, best_QK))
         return (
             torch.from_numpy(np.take_along_axis(best_QK, order, 1)),
@@ -432,6 +473,26 @@ def add_up(
         scratch[:] = [torch.empty(rows_ND.shape, dtype=torch.float64, device=rows_ND.device)]
     sums_KD.index_add_(0, label_N, scratch[0][: len(rows_ND)].copy_(rows_ND).add_(magic).sub_(magic))
     counts_K += torch.bincount(label_N, minlength=len(counts_K))
+
+
+def exact_distances(
+    queries_QD: NDArray[np.float32], rows_ND: NDArray[np.float32], position_QK: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Squared distances (Q, K) of each query to the rows at its positions: float32 differences, float64 sums."""
+    sqdist_QK = np.empty(position_QK.shape)
+    if _has_numba():
+        from raycon.index import compiled
+
+        loops = functools.partial(compiled.exact_distances, queries_QD, rows_ND, position_QK, sqdist_QK)
+        in_parts(len(queries_QD), loops)
+        return sqdist_QK
+    rows = torch.from_numpy(rows_ND)
+    for start in range(0, len(queries_QD), 64):  # small enough for the cache
+        query = torch.tensor(queries_QD[start : start + 64])
+        near = rows[torch.from_numpy(position_QK[start : start + 64])]
+        near.sub_(query[:, None]).square_()
+        sqdist_QK[start : start + 64] = near.sum(-1, dtype=torch.float64).numpy()
+    return sqdist_QK
 
 
 def choose_near(rows_ND: Tensor, label_N: Tensor, centroids_KD: Tensor, near_KM: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from raycon.index.engine import (
     TorchEngine,
     add_up,
     choose_near,
+    exact_distances,
     load,
     squares,
 )
@@ -359,14 +360,8 @@ class Shard:
             return np.empty((len(queries_QD), 0)), np.empty((len(queries_QD), 0), dtype=np.int64)
         self.engine.use_threads(self.threads)
         position_QK = self._candidates(queries_QD, wanted)
-        sqdist_QK = np.empty(position_QK.shape)
         source = self._features_ND if self._exact_ND is None else self._exact_ND
-        features = torch.from_numpy(source)
-        for start in range(0, len(queries_QD), 64):  # small enough for the cache
-            query = torch.tensor(queries_QD[start : start + 64])
-            near = features[torch.from_numpy(position_QK[start : start + 64])]
-            near.sub_(query[:, None]).square_()
-            sqdist_QK[start : start + 64] = near.sum(-1, dtype=torch.float64).numpy()
+        sqdist_QK = exact_distances(queries_QD, source, position_QK)
         row_QK = position_QK + self.first_row
         self_QK = row_QK == own_Q[:, None]
         sqdist_QK[self_QK], row_QK[self_QK] = math.inf, -1
