@@ -282,6 +282,10 @@ class ScalingConfig:
     min_workers: int = 0
     """Elastic: go on with so few workers when nodes go, and grow back; the global batch stays as it is. 0: always
     ``workers``. Short: --scaling.workers MIN:MAX."""
+    on_fewer: Literal["accumulate", "follow"] = "accumulate"
+    """Elastic, on fewer workers than ``workers``. accumulate: the same optimiser steps, each from several micro-batches.
+    follow: a worker keeps its batch, so that steps are smaller and more, each with so much less learning rate; the rows
+    come in the same order, and what is counted as a step is that of all ``workers``."""
     resize_s: float = 60.0
     """Elastic: how often the run looks whether it can grow (it restarts from a checkpoint to do so)."""
     timeout_s: float = 1800.0

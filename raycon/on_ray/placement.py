@@ -26,6 +26,10 @@ HEAD_S = 10.0
 """How long the cluster's head may be out of reach before that is said. Ray ends the process after 60 s."""
 
 
+class HeadLost(RuntimeError):
+    """The message says which head, and how to go on."""
+
+
 def per_worker(config: RunConfig) -> dict[str, float]:
     """What Ray sets aside for each training worker."""
     scaling = config.scaling
@@ -68,12 +72,27 @@ def problems(config: RunConfig) -> list[str]:
     return found
 
 
+def head_address() -> str:
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def head_answers(head: str) -> bool:
+    return log.reachable(f"tcp://{head}", 2.0)
+
+
+def without_head(head: str, run_dir: Path) -> str:
+    return (
+        f"the head of the cluster ({head}) is gone: this run ends; go on with --resume {run_dir} when there is one again, "
+        "or on another cluster"
+    )
+
+
 @contextmanager
 def watched(config: RunConfig, run_dir: Path) -> Iterator[None]:
     """Say, in the log and in metrics.jsonl, what is missing whenever the workers have no place for a minute, and that the
-    head is gone: Ray ends this process soon after, and its words do not tell how to go on."""
-    ended = threading.Event()
-    head = ray.get_runtime_context().gcs_address
+    head is gone: Ray ends this process soon after, and its words do not tell how to go on. What ended the work without a
+    head is raised as HeadLost."""
+    ended, said_gone, head = threading.Event(), threading.Event(), head_address()
 
     def say(text: str) -> None:
         logger.warning("%s", text)
@@ -81,15 +100,14 @@ def watched(config: RunConfig, run_dir: Path) -> Iterator[None]:
 
     def look() -> None:
         since = said = seen = time.monotonic()
-        gone = False
         while not ended.wait(LOOK_S):
-            if not log.reachable(f"tcp://{head}", 2.0):
-                if time.monotonic() - seen >= HEAD_S and not gone:
-                    gone = True
-                    say(f"the head of the cluster ({head}) is gone: this run ends; go on with --resume {run_dir} when there "
-                        "is one again, or on another cluster")  # fmt: skip
+            if not head_answers(head):
+                if time.monotonic() - seen >= HEAD_S and not said_gone.is_set():
+                    said_gone.set()
+                    say(without_head(head, run_dir))
                 continue
-            seen, gone = time.monotonic(), False
+            seen = time.monotonic()
+            said_gone.clear()
             try:
                 placed = any(group["state"] == "CREATED" for group in _groups(per_worker(config)))
             except Exception as error:  # the cluster may be going; the run itself will tell
@@ -106,6 +124,13 @@ def watched(config: RunConfig, run_dir: Path) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except Exception as error:
+        if head_answers(head):
+            raise
+        text = without_head(head, run_dir)
+        if not said_gone.is_set():
+            say(text)
+        raise HeadLost(text) from error
     finally:
         ended.set()
         thread.join(timeout=10.0)

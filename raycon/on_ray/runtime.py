@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -21,6 +22,8 @@ LAST_S = 10.0
 """So long before a node goes it is saved once more."""
 POLL_S = 0.2
 MARK = "gave-up"
+NOTICES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray's switch: is it asked whether nodes are being taken away?"""
 
 
 class RayRuntime(Kept):
@@ -44,6 +47,7 @@ class RayRuntime(Kept):
         self.device, self.index = device, index
         self._wait_s, self._desk = wait_s, desk
         self._looked = time.monotonic()
+        self._notices = os.environ.get(NOTICES, "1") not in ("0", "false", "False")
         self._notice: ray.train.PreemptionInfo | None = None
         self._saved: set[tuple[str, ...]] = set()
 
@@ -80,6 +84,8 @@ class RayRuntime(Kept):
 
     def should_save(self) -> bool:
         """At a notice that nodes of this run are being taken away, and once more just before they go."""
+        if not self._notices:
+            return False
         if dist.any_true(self.rank == 0 and time.monotonic() - self._looked >= LOOK_S):
             self._looked = time.monotonic()
             self._notice = ray.train.get_preemption_info()  # the same on every rank

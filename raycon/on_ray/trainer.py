@@ -24,8 +24,9 @@ from raycon.core.address import working_folder
 from raycon.core.config import ConfigError, Facts, RunConfig, from_dict, to_dict, world_sizes
 from raycon.on_ray import here
 from raycon.on_ray.desk import start_desk
-from raycon.on_ray.placement import missing, per_worker, watched
+from raycon.on_ray.placement import HeadLost, head_address, head_answers, missing, per_worker, watched
 from raycon.on_ray.placement import problems as placement_problems
+from raycon.on_ray.runtime import NOTICES
 from raycon.training import storage
 from raycon.training.storage import Store
 
@@ -57,6 +58,7 @@ def connect(dashboard_port: int = 0) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     quiet: dict[str, Any] = {"namespace": NAMESPACE, "logging_level": "WARNING", "log_to_driver": False}
     if address == "local":
+        os.environ.setdefault(NOTICES, "0")  # nobody takes this machine away with notice: a process and a barrier less
         if dashboard_port:  # named to the processes to come: where several clusters run, Ray would not find its own
             os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"
             quiet["dashboard_port"] = dashboard_port
@@ -93,14 +95,17 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
         )
     trainer = build_trainer(config, run_dir, spec, desk_name if desk is not None else "")
     lost: Exception | None = None
+    head = head_address()
     try:
         with watched(config, run_dir):
             trainer.fit()
     except Exception as error:
         lost = error
     finally:
-        if spec is not None:
+        if spec is not None and head_answers(head):  # else they are gone, and asking for them waits
             stop_index(spec)
+    if isinstance(lost, HeadLost):
+        raise RunFailed(str(lost)) from lost
     if (text := failed(run_dir, store)) is not None:
         (run_dir / FAILURE_FILE).write_text(text, encoding="utf-8")
         raise RunFailed(json.loads(text)["error"])

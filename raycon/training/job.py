@@ -132,20 +132,26 @@ def feature_dim(config: RunConfig) -> int:
     return int(getattr(config.method, "dim", 0)) if config.method.needs().snapshot else 0
 
 
-def fit_to_world(config: RunConfig, world: int) -> RunConfig:
-    """An elastic run on ``world`` ranks: the same global batch in more micro-batches, none larger than on all workers."""
+def fit_to_world(config: RunConfig, world: int) -> tuple[RunConfig, int]:
+    """An elastic run on ``world`` ranks: the global batch in more parts, none larger than on all workers.
+
+    With ``scaling.on_fewer = accumulate`` they are micro-batches of one optimiser step, with ``follow`` each is a step of
+    its own: the configuration, and how many steps a global batch is taken in.
+    """
     train, scaling = config.train, config.scaling
     if not scaling.min_workers or world >= scaling.workers:
-        return config
+        return config, 1
     most = train.batch // (scaling.workers * train.accumulate)
     local = train.batch // world
     parts = next(p for p in range(1, local + 1) if local % p == 0 and local // p <= max(most, 1))
-    return dataclasses.replace(config, train=dataclasses.replace(train, accumulate=parts))
+    if scaling.on_fewer == "follow" and parts % train.accumulate == 0:
+        return config, parts // train.accumulate
+    return dataclasses.replace(config, train=dataclasses.replace(train, accumulate=parts)), 1
 
 
 def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: Runtime) -> Progress:
     """Train one rank of a run; the process group is there already, ``runtime`` is the outside world."""
-    config = fit_to_world(config, runtime.world)
+    config, updates = fit_to_world(config, runtime.world)
     torch.set_num_threads(config.scaling.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
@@ -164,7 +170,7 @@ def train_rank(config: RunConfig, run_dir: Path, device: torch.device, runtime: 
     if config.model.compile:
         method.encoder().compile()
     try:
-        return loop.train(config, method, loader, runtime, metrics, run_dir)
+        return loop.train(config, method, loader, runtime, metrics, run_dir, updates)
     finally:
         metrics.close()
         loader.close()

@@ -35,9 +35,18 @@ class NotFinite(FloatingPointError):
 
 
 def train(
-    config: RunConfig, method: Method, loader: Loader, runtime: Runtime, metrics: Metrics, run_dir: Path
+    config: RunConfig,
+    method: Method,
+    loader: Loader,
+    runtime: Runtime,
+    metrics: Metrics,
+    run_dir: Path,
+    updates: int = 1,
 ) -> Progress:
     """Train to ``train.epochs``, going on from the checkpoint that the runtime gives. Returns where the run stopped.
+
+    ``updates``: how many times the optimiser moves in a step, each time on so much less of the global batch and with so
+    much less learning rate (linear scaling; an elastic run on fewer workers, ``scaling.on_fewer = follow``).
 
     Raises NotFinite (the last good checkpoint is kept) and checkpoint.CheckpointError.
     """
@@ -99,17 +108,19 @@ def train(
             for batch in meter.waiting(batches):
                 if step == 0 and runtime.rank == 0:
                     save_views(batch, run_dir, config, metrics)
-                optim.set_lr(optimizer, lr := optim.lr_at(config.train, step, per_epoch))
+                optim.set_lr(optimizer, lr := optim.lr_at(config.train, step, per_epoch) / updates)
                 torch.manual_seed(stream.key(config.seed, step, runtime.rank) >> 1)  # dropout and the like
-                mined = Mined(mined_on_device, used, stream.key(config.seed, step, 0x57E9) >> 1, epoch, step, steps)
-                with meter.compute:
-                    output = forward_backward(net, batch, mined, config.train.accumulate)
-                norm = gradient_norm(method, config.train.clip)
-                guard.check(output.loss, norm, step, batch)
-                optimizer.step()
-                method.after_step(output.keep, Progress(step, steps, epoch))
-                watch.saw(step, batch, output)
-                optimizer.zero_grad(set_to_none=True)
+                for i, part in enumerate(parts_of(batch, updates)):
+                    key = stream.key(config.seed, step, 0x57E9 + i) >> 1
+                    mined = Mined(mined_on_device, used, key, epoch, step, steps)
+                    with meter.compute:
+                        output = forward_backward(net, part, mined, config.train.accumulate)
+                    norm = gradient_norm(method, config.train.clip)
+                    guard.check(output.loss, norm, step, part)
+                    optimizer.step()
+                    method.after_step(output.keep, Progress(step, steps, epoch))
+                    watch.saw(step, part, output)
+                    optimizer.zero_grad(set_to_none=True)
                 step += 1
                 meter.stepped()
 
@@ -154,13 +165,11 @@ def forward_backward(net: nn.Module, batch: Batch, mined: Mined, parts: int) -> 
         poisoned(output.loss).backward()
         return output
     outputs = []
-    for i, (row, label, *views) in enumerate(
-        zip(batch.row.chunk(parts), batch.label.chunk(parts), *(v.chunk(parts) for v in batch.views), strict=True)
-    ):
+    for i, part in enumerate(parts_of(batch, parts)):
         last = i == parts - 1
         quiet = net.no_sync() if isinstance(net, DistributedDataParallel) and not last else contextlib.nullcontext()
         with quiet:
-            output = net(Batch(tuple(views), row, label), mined)
+            output = net(part, mined)
             (poisoned(output.loss) / parts).backward()
         outputs.append(output)
     return Output(
@@ -168,6 +177,14 @@ def forward_backward(net: nn.Module, batch: Batch, mined: Mined, parts: int) -> 
         {k: torch.cat([o.keep[k] for o in outputs]) for k in outputs[0].keep},
         {k: torch.stack([o.metrics[k] for o in outputs]).mean() for k in outputs[0].metrics},
     )
+
+
+def parts_of(batch: Batch, parts: int) -> list[Batch]:
+    """The batch in so many parts of consecutive samples."""
+    if parts == 1:
+        return [batch]
+    pieces = zip(batch.row.chunk(parts), batch.label.chunk(parts), *(v.chunk(parts) for v in batch.views), strict=True)
+    return [Batch(tuple(views), row, label) for row, label, *views in pieces]
 
 
 def poisoned(loss: Tensor) -> Tensor:

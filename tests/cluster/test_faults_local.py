@@ -251,11 +251,19 @@ def test_the_batch_stays_and_no_micro_batch_grows(accumulate: int) -> None:
     config = elastic(1, 8, accumulate=accumulate)
     largest = 24 // (8 * accumulate)
     for world in world_sizes(config):
-        parts = job.fit_to_world(config, world).train.accumulate
+        fitted, updates = job.fit_to_world(config, world)
+        parts = fitted.train.accumulate
+        assert updates == 1
         assert 24 % (world * parts) == 0
         assert 24 // (world * parts) <= largest
-    assert job.fit_to_world(config, 8) == config
-    assert job.fit_to_world(elastic(0, 8), 2).train.accumulate == 1
+    assert job.fit_to_world(config, 8) == (config, 1)
+    assert job.fit_to_world(elastic(0, 8), 2)[0].train.accumulate == 1
+
+
+def test_or_a_worker_keeps_its_batch_and_the_steps_are_more() -> None:
+    config = elastic(1, 8)
+    config = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, on_fewer="follow"))
+    assert [job.fit_to_world(config, world) for world in (1, 2, 4, 8)] == [(config, n) for n in (8, 4, 2, 1)]
 
 
 def test_the_ranks_that_do_not_answer(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_it_saves_at_a_notice_and_just_before_the_end(tmp_path: Path, monkeypatc
     found: list[Any] = [None]
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: found[0])
     monkeypatch.setattr(runtime, "LOOK_S", 0.0)
+    monkeypatch.setenv(runtime.NOTICES, "1")
     own = runtime.RayRuntime(tmp_path, no_index(), torch.device("cpu"))
     assert not own.should_save()
     for now, wanted in [
@@ -46,6 +47,7 @@ def test_it_saves_at_a_notice_and_just_before_the_end(tmp_path: Path, monkeypatc
 def test_ray_is_not_asked_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: calls.append(1))
+    monkeypatch.setenv(runtime.NOTICES, "1")
     own = runtime.RayRuntime(tmp_path, no_index(), torch.device("cpu"))
     for _ in range(1000):
         own.should_save()

@@ -80,7 +80,9 @@ def config(**changes: Any) -> RunConfig:
     return replace(base, **changes)
 
 
-def go(folder: Path, run: RunConfig, poison: int = -1) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+def go(
+    folder: Path, run: RunConfig, poison: int = -1, updates: int = 1
+) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
     """Train in ``folder``, going on from what is there; the trained method and its metrics."""
     torch.set_num_threads(1)
     facts = job.Facts(ROWS, 0, (1, SIZE, SIZE), run.train.batch, dist.world(), SIZE, run.train.epochs)
@@ -89,7 +91,7 @@ def go(folder: Path, run: RunConfig, poison: int = -1) -> tuple[torch.nn.Module,
     index = LocalIndex(ROWS, job.feature_dim(run) or 8, run.mining, run.seed, dist.rank(), dist.world())
     runtime = LocalRuntime(folder, index, torch.device("cpu"))
     metrics = Metrics(folder / "metrics.jsonl") if dist.rank() == 0 else NoMetrics()
-    loop.train(run, method, loader, runtime, metrics, folder)
+    loop.train(run, method, loader, runtime, metrics, folder, updates)
     return method, list(read_lines(folder / "metrics.jsonl"))
 
 
@@ -174,6 +176,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         go(tmp_path / "a", config(method=methods.configure("moco", dim=8, queue=32)))
     with pytest.raises(checkpoint.CheckpointError, match="does not fit"):
         go(tmp_path / "a", config(model=ModelConfig(encoder="resnet10", width=8, stem="small")))
+
+
+def test_more_and_smaller_steps_are_those_of_a_smaller_batch(tmp_path: Path) -> None:
+    """Each global batch in two steps of half the learning rate: what a run of half the batch and learning rate does."""
+    train = TrainConfig(epochs=2, batch=BATCH, lr=0.05, lr_scaling="none", schedule="constant", warmup_epochs=0)
+    run = config(method=methods.configure("moco", dim=8, queue=32, momentum=0.9), train=train)
+    followed, lines = go(tmp_path / "a", run, updates=2)
+    assert [r["step"] for r in lines if r["kind"] == "train"] == list(range(1, 13))
+    assert {r["lr"] for r in lines if r["kind"] == "train"} == {0.025}
+    with pytest.MonkeyPatch.context() as patch:
+        half = BATCH // 2
+        patch.setattr(Small, "steps", ROWS // half)
+        patch.setitem(globals(), "BATCH", half)
+        small, again = go(tmp_path / "b", replace(run, train=replace(train, batch=half, lr=0.025)))
+    assert [r["loss"] for r in lines if r["kind"] == "train"] == [r["loss"] for r in again if r["kind"] == "train"][
+        1::2
+    ]
+    assert same(followed, small)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
