@@ -268,7 +268,7 @@ def on_nodes() -> list[Row]:
             return Run(Path(folder) / name, 400, "--evals.names", *more, address=machines.address)
 
         def replaced() -> None:
-            machines.lose(machines.nodes[0])
+            machines.lose(machines.spare())
             machines.add()
 
         begin = time.monotonic()
@@ -278,7 +278,7 @@ def on_nodes() -> list[Row]:
             fixed.further(24)
             rows.append(harness.shown("node lost, another there: s to the next step", fixed.recovered(replaced), first))
             fixed.further(6)
-            node = machines.nodes[0]
+            node = machines.spare()
             machines.drain(node, 60.0)
             fixed.until(lambda: any("saved" in r["text"] for r in fixed.records("event")), every=0.05)
             seconds = fixed.recovered(replaced)
@@ -288,7 +288,7 @@ def on_nodes() -> list[Row]:
             rows.append(harness.shown(f"rank 1 hangs, timeout {HANGS_S} s: s to the next step", seconds, first))
         with run("elastic", "--scaling.min-workers=1", "--scaling.resize-s=5") as elastic:
             elastic.further(25)
-            seconds = elastic.recovered(lambda: machines.lose(machines.nodes[0]))
+            seconds = elastic.recovered(lambda: machines.lose(machines.spare()))
             rows.append(harness.shown("elastic, 2 workers to 1: s to the next step", seconds, first))
             elastic.further(6)
             seconds = elastic.recovered(machines.add)

@@ -175,6 +175,15 @@ class Machines:
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
+    def spare(self) -> Any:
+        """A node that no driver's controller is on: with that a driver goes too, where all nodes are one machine."""
+        raylets = set()
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith("ray::TrainController"):
+                    raylets.add(process.ppid())
+        return next(n for n in self.nodes if n.all_processes["raylet"][0].process.pid not in raylets)
+
     def drain(self, node: Any, seconds: float) -> None:
         """The notice that a spot node will be taken away in so many seconds."""
         from ray._raylet import GcsClient

@@ -82,6 +82,11 @@ class RayRuntime(Kept):
         system = ray.train.get_context().get_storage().storage_filesystem
         return ray.train.Checkpoint(f"{self.store.root}/checkpoints/{path.name}", filesystem=system)
 
+    @property
+    def noticed(self) -> bool:
+        """Is a node of this run being taken away?"""
+        return self._notice is not None
+
     def should_save(self) -> bool:
         """At a notice that nodes of this run are being taken away, and once more just before they go."""
         if not self._notices:

@@ -16,6 +16,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, ValidationConfig, ValidationTaskConfig
+from ray.train.v2._internal.exceptions import CollectiveTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycon import methods
@@ -35,6 +36,8 @@ logger = logging.getLogger("raycon")
 NAMESPACE = "raycon"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 FAILURE_FILE = "failure.json"
+NOTICED_S = 60.0
+"""How long a rank that lost the others after a notice waits for Ray to see that a node is gone (15 to 30 s)."""
 
 
 class RunFailed(RuntimeError):
@@ -158,6 +161,8 @@ def build_trainer(config: RunConfig, run_dir: Path, spec: Any, desk: str = "") -
         evaluating["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
     # A group that is placed on reservations of a lost node waits this out before it is placed anew.
     start_s = int(os.environ.setdefault(START_TIMEOUT, "20" if scaling.min_workers else "60"))
+    # Ray's own barriers (a report, the question after a notice) would wait for a rank that hangs for ever.
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = f"{scaling.timeout_s:g}"
     # Threads only: secrets (a wandb key) must come from the nodes' own environment, Ray logs what stands here.
     env = {"OMP_NUM_THREADS": str(scaling.threads)}
     kind, more = ray.train.torch.TorchTrainer, {}
@@ -240,10 +245,14 @@ def _worker(given: dict[str, Any]) -> None:
         else:
             (run_dir / FAILURE_FILE).write_text(text, encoding="utf-8")
         raise
-    except RuntimeError as error:
+    except (RuntimeError, CollectiveTimeoutError) as error:
         if world > 1 and "timed out" in str(error).lower():
             text = waited_in_vain(run_dir, rank, world, config.scaling.timeout_s, store, given["desk"])
             raise RuntimeError(text) from error
+        if runtime.noticed:
+            # The other ranks notice a lost node before Ray does. Once Ray has, it ends this rank too and charges no failure;
+            # an error that comes first would be charged.
+            time.sleep(NOTICED_S)
         raise
     finally:
         runtime.close()

@@ -92,7 +92,7 @@ def test_a_lost_node_is_replaced(machines: Machines, undisturbed: Path, tmp_path
     folder = tmp_path / "lost"
     with Job(machines, folder) as job:
         job.until(lambda: step_of(folder) >= 25, "the third epoch")
-        machines.lose(machines.nodes[0])
+        machines.lose(machines.spare())
         machines.add()
         job.ended()
     assert len(records(folder, "start")) == 2
@@ -106,7 +106,7 @@ def test_a_node_that_is_taken_away_with_notice(machines: Machines, undisturbed: 
     folder = tmp_path / "spot"
     with Job(machines, folder, "--scaling.max-failures=0", "--checkpoint.every-steps=0") as job:
         job.until(lambda: step_of(folder) >= 13, "the second epoch")
-        node = machines.nodes[0]
+        node = machines.spare()
         machines.drain(node, 8.0)
         job.until(lambda: "a node is being taken away: saved" in events(folder), "the checkpoint", every=0.02)
         machines.lose(node)
@@ -161,7 +161,7 @@ def test_a_run_shrinks_and_grows(machines: Machines, undisturbed: Path, tmp_path
     folder = tmp_path / "elastic"
     with Job(machines, folder, "--scaling.min-workers=1", "--scaling.resize-s=5", "--train.epochs=5") as job:
         job.until(lambda: step_of(folder) >= 13, "the second epoch")
-        machines.lose(machines.nodes[0])
+        machines.lose(machines.spare())
         job.until(lambda: [r["world"] for r in records(folder, "start")][-1] == 1, "one worker")
         machines.add()
         job.ended()
