@@ -2,11 +2,13 @@
 
     python -m benchmarks.runtimes [--quick] [--json FILE]
 
-Two workers have a thread each, the one process has two. A step's wall seconds are medians over intervals of ten steps
-after the first 30; its CPU seconds (of the ranks, whatever their threads do) are the slope of the kernel's count over
-the steps: right also where other work shares the cores, which hits Ray's workers first because Ray runs them at a lower
-priority. Ray and torchrun give the same losses, which is checked. Also: seconds from start to the first step, and the
-largest memory of the process tree (proportional set size).
+Two workers have a thread each, the one process has two: all fill both cores, and what Ray's own processes take is
+taken from the ranks. One rank of one thread, under Ray Train and alone, leaves a core for them, as a machine of many
+cores does. A step's wall seconds are medians over intervals of ten steps after the first 30; its CPU seconds (of the
+ranks, whatever their threads do) are the slope of the kernel's count over the steps: right also where other work
+shares the cores, which hits Ray's workers first because Ray runs them at a lower priority. Ray and torchrun give the
+same losses, which is checked. Also: seconds from start to the first step, and the largest memory of the process tree
+(proportional set size).
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ SIDES = {
         *(*PROGRAM, "--runtime=local"),
     ],
     "one process": [*PROGRAM, "--runtime=local", "--scaling.threads=2"],
+    "ray, one rank": [*PROGRAM, "--scaling.workers=1"],
+    "one rank": [*PROGRAM, "--runtime=local", "--scaling.threads=1"],
 }
 SETTLED = 30
 """Steps that are not counted."""
@@ -108,7 +112,7 @@ def measure(quick: bool) -> list[harness.Row]:
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(repeats):
             for side in SIDES:
-                if side == "one process" and quick and turn:
+                if quick and turn and side not in ("ray", "torchrun"):
                     continue
                 runs[side].append(Measured(side, Path(folder) / f"{side}-{turn}"))
     if len({json.dumps(r.losses) for side in ("ray", "torchrun") for r in runs[side]}) != 1:
@@ -117,15 +121,18 @@ def measure(quick: bool) -> list[harness.Row]:
     def values(side: str, name: str) -> list[float]:
         return [getattr(r, name) for r in runs[side]]
 
-    def compare(claim: str, name: str, limit: float, other: str = "torchrun") -> harness.Row:
-        ours, theirs = values("ray", name), values(other, name)
+    def compare(claim: str, name: str, limit: float, other: str = "torchrun", own: str = "ray") -> harness.Row:
+        ours, theirs = values(own, name), values(other, name)
         medians = statistics.median(ours), statistics.median(theirs)
         row = harness.at_most(claim, *medians, limit) if limit else harness.shown(claim, *medians)
         return harness.paired(row, ours, theirs) if len(ours) == len(theirs) else row
 
+    free = ("one rank", "ray, one rank")
     return [
         compare("step under Ray Train / torchrun, wall s", "step", 1.03),
         compare("step under Ray Train / torchrun, CPU s of both ranks", "cpu", 1.03),
+        compare("step of one rank under Ray Train / in one process, a core left free, wall s", "step", 1.03, *free),
+        compare("step of one rank under Ray Train / in one process, a core left free, CPU s", "cpu", 1.03, *free),
         compare("step under Ray Train (2 ranks) / one process (2 threads), wall s", "step", 0, "one process"),
         compare("seconds to the first step, Ray / torchrun", "start", 0),
         compare("seconds to the first step, Ray / one process", "start", 0, "one process"),

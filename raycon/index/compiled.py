@@ -45,8 +45,7 @@ def add_up(
             counts_K[label_N[n]] += 1
 
 
-@intrinsic
-def _lower(_typing: Any, _a: Any, _b: Any) -> Any:
+def _lower_of_two(_typing: Any, _a: Any, _b: Any) -> Any:
     """The lower of two float32, with flags that let LLVM reduce by vectors: numba's own min keeps it scalar."""
 
     def code(_context: Any, builder: Any, _signature: Any, numbers: Any) -> Any:
@@ -54,6 +53,9 @@ def _lower(_typing: Any, _a: Any, _b: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *numbers, flags=flags), *numbers, flags=flags)
 
     return numba.float32(numba.float32, numba.float32), code
+
+
+_lower: Any = intrinsic(_lower_of_two)
 
 
 @_vectors

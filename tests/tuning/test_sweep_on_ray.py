@@ -168,6 +168,102 @@ def test_plain_ray_tune_takes_a_recipe(tmp_path: Path) -> None:
     assert "temperature: 0.3" in (folder / "config.yaml").read_text()
 
 
+MINING = """
+import dataclasses
+from raycon import methods
+from raycon.recipes import recipe
+from raycon.tuning import Study, choice, uniform
+
+def mine():
+    base = recipe("quickstart")
+    base = dataclasses.replace(
+        base,
+        method=methods.configure("pcl", dim=16, queue=256, clusters=(8, 16), negatives=4, warmup_epochs=1, momentum=0.99),
+        model=dataclasses.replace(base.model, width=4),
+        data=dataclasses.replace(base.data, loader="torch"),
+        train=dataclasses.replace(base.train, epochs=4, warmup_epochs=0.0),
+        mining=dataclasses.replace(base.mining, shards=1, iterations=5),
+        checkpoint=dataclasses.replace(base.checkpoint, every_epochs=1, keep=0),
+        evals=dataclasses.replace(base.evals, knn_k=(20,)),
+        scaling=dataclasses.replace(base.scaling, workers=1),
+        log=dataclasses.replace(base.log, every_steps=1),
+    )
+    space = {"method.temperature": choice(0.2, 0.3)}
+    return Study(base=base, space=space, searcher="grid", scheduler="none", trials=2, validation=0.2)
+
+def in_flight():
+    return dataclasses.replace(mine(), space={"method.temperature": uniform(0.1, 0.5)}, searcher="random", scheduler="pbt")
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.long
+def test_trials_with_indexes_of_their_own_go_on_after_the_death_of_their_leader(tmp_path: Path) -> None:
+    """Two trials of PCL at once; the process that leads one of them is killed: it goes on, the other is not touched."""
+    import psutil
+
+    folder, study = tmp_path / "sweep", tmp_path / "study.py"
+    study.write_text(MINING)
+    indexes, leader = 0, 0
+    with subprocess.Popen(command(f"{study}:mine", "--dir", str(folder)), env=environment(), text=True) as process:
+
+        def both_mine() -> bool:
+            """Both have a clustering, and one more process per trial is there to lead it."""
+            nonlocal indexes, leader
+            mined = [any("mining" in r for r in read_lines(f)) for f in folder.glob("trials/*/metrics.jsonl")]
+            if sum(mined) < 2:
+                return False
+            titles = {}
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    titles[child.pid] = " ".join(child.cmdline())
+            indexes = sum("IndexShard" in title for title in titles.values())
+            leaders = [pid for pid, title in titles.items() if "RayconTrial" in title]
+            leader = min(leaders, default=0)
+            return len(leaders) == 2
+
+        wait_for(both_mine, process)
+        os.kill(leader, signal.SIGKILL)
+        assert process.wait(timeout=900) == 0
+    assert indexes == 2
+    trials = read_trials(folder, open_plan(folder).study)
+    assert [t.state for t in trials.values()] == ["finished", "finished"]
+    assert sorted(t.retries for t in trials.values()) == [0, 1]
+    assert len({t.folder for t in trials.values()}) == 2
+    for trial in trials.values():
+        last = max(steps_of(folder / trial.folder))
+        assert steps_of(folder / trial.folder) == list(range(1, last + 1))
+
+
+@pytest.mark.long
+def test_pbt_goes_on_from_the_better_trials_checkpoint(tmp_path: Path) -> None:
+    """Networks, optimiser, queue and snapshot of the exchange are the giver's, bit for bit, and training goes on there."""
+    folder, study = tmp_path / "sweep", tmp_path / "study.py"
+    study.write_text(MINING)
+    ask = command(f"{study}:in_flight", "--dir", str(folder))
+    done = subprocess.run(ask, capture_output=True, text=True, env=environment(), timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = read_trials(folder, open_plan(folder).study)
+    assert {t.state for t in trials.values()} == {"finished"}, done.stderr
+    exchanges = [e for e in events(folder, "start") if e.get("from_other")]
+    assert exchanges
+    for exchange in exchanges:
+        taken = folder / exchange["folder"]
+        origin = json.loads((taken / "origin.json").read_text())
+        assert origin["run"].partition(".")[0] != taken.name.partition(".")[0]
+        copy, source = (run / "checkpoints" / origin["checkpoint"] for run in (taken, taken.parent / origin["run"]))
+        files = {f.name for f in source.iterdir()}
+        assert files >= {"model.safetensors", "optimizer.safetensors", "state.json"}
+        assert ("snapshot.safetensors" in files) == (exchange["epoch"] > 1)  # none during the warm-up
+        assert {f.name: f.read_bytes() for f in copy.iterdir()} == {f.name: f.read_bytes() for f in source.iterdir()}
+        # The next run directory of this trial, or this one to its end, trains from that step on, with the new options.
+        steps = steps_of(taken)
+        assert steps == list(range(origin["entry"]["step"] + 1, max(steps) + 1))
+        value = exchange["options"]["method.temperature"]
+        assert 0.1 <= value <= 0.5
+        assert f"temperature: {value}" in (taken / "config.yaml").read_text()
+
+
 def test_a_sweep_that_cannot_place_one_trial_says_so(tmp_path: Path) -> None:
     ask = command(*TINY, "--scaling.workers=64", "--dir", str(tmp_path / "s"))
     done = subprocess.run(ask, capture_output=True, text=True, env=environment(), timeout=200, check=False)
