@@ -146,7 +146,10 @@ class Run:
         fault()
         done = self.until(lambda: self.begins() > begins) if restarts else True
         if not done or not self.further(1):
-            raise RuntimeError(f"the run ended with {self.process.returncode}; see {self._log.name}")
+            told = Path(self._log.name).read_text()[-3000:]
+            raise RuntimeError(
+                f"the run ended with {self.process.returncode} at step {self.steps()[-1]}; its log:\n{told}"
+            )
         return time.monotonic() - start
 
     def close(self) -> None:
@@ -255,6 +258,7 @@ def on_one_machine(kinds: tuple[str, ...]) -> list[Row]:
             for kind in kinds:
                 run.further(6)
                 seconds = run.recovered(partial(run.kill, kind), restarts(kind))
+                sys.stderr.write(f"{kind}: {seconds:.1f} s (start: {first:.1f} s)\n")
                 rows.append(harness.shown(f"{kind} killed: s to the next step", seconds, first))
     return rows
 

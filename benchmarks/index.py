@@ -173,6 +173,16 @@ def over_ray(x: Features, repeats: int) -> list[Row]:
 
         specs.append(spec)
         steps[f"ray {count}"] = step
+
+    @ray.remote(num_cpus=1)
+    def product(rows: Features, columns: Features) -> float:
+        torch.set_num_threads(1)
+        run = floor_of(rows.copy(), columns.copy())
+        return interleave({"it": run}, 3 * repeats, time.perf_counter)["it"]
+
+    given = ray.put(x), ray.put(start)
+    alone = ray.get(product.remote(*given), timeout=120)
+    both = max(ray.get([product.remote(*given) for _ in range(2)], timeout=120))
     (shard,) = shards_of(x, 1)
     wall = interleave({**steps, "local": lambda: shard.step(0, start, len(x), 1.0)}, repeats, time.perf_counter)
     for spec in specs:
@@ -182,6 +192,9 @@ def over_ray(x: Features, repeats: int) -> list[Row]:
     overhead = max(wall["ray 1"] - wall["local"], 0.0)
     return [
         at_least(f"{name}: 1 Ray shard / 2 Ray shards", wall["ray 1"], wall["ray 2"], 1.85),
+        shown(
+            f"{name}: the bare product on two cores at once, of twice the work of one core (control)", 2 * alone, both
+        ),
         at_most(f"{name}: Ray's share of one shard's step", overhead, wall["local"], 0.06),
         at_most(f"{name}: Ray's overhead against 13 ms", overhead, 0.013, 1.0),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray.train
@@ -41,18 +42,30 @@ class RayRuntime(Kept):
         wait_s: float = 0.0,
         store: Store | None = None,
         desk: str = "",
+        owed: Sequence[str] = (),
     ) -> None:
-        """``desk``: the name of the actor that keeps metrics, where the run directory is this machine's alone."""
+        """``desk``: the name of the actor that keeps metrics, where the run directory is this machine's alone. ``owed``: the
+        checkpoints whose evaluation an earlier driver did not live to see."""
         super().__init__(run_dir, store)
         self.device, self.index = device, index
         self._wait_s, self._desk = wait_s, desk
         self._looked = time.monotonic()
         self._notices = os.environ.get(NOTICES, "1") not in ("0", "false", "False")
         self._notice: ray.train.PreemptionInfo | None = None
+        self._owed = tuple(owed)
         self._saved: set[tuple[str, ...]] = set()
 
     def metrics(self, tracker: Trackers) -> Metrics:
         return DeskMetrics(self._desk, tracker) if self._desk else super().metrics(tracker)
+
+    def restore(self) -> Path | None:
+        path = super().restore()
+        for name in self._owed:  # of the one it goes on from the loop sees to it
+            wanted = self.rank == 0 and path is not None and name != path.name and not self.evaluated(int(name))
+            if dist.any_true(wanted):
+                there = self.run_dir / "checkpoints" / name
+                self.report({"step": int(name)}, there if self.rank == 0 else None, evaluate=True)
+        return path
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None, evaluate: bool) -> None:
         ray.train.report(

@@ -28,7 +28,8 @@ from raycon.on_ray.desk import start_desk
 from raycon.on_ray.placement import HeadLost, head_address, head_answers, missing, per_worker, watched
 from raycon.on_ray.placement import problems as placement_problems
 from raycon.on_ray.runtime import NOTICES
-from raycon.training import storage
+from raycon.training import checkpoint, storage
+from raycon.training.runtime import Kept
 from raycon.training.storage import Store
 
 logger = logging.getLogger("raycon")
@@ -36,6 +37,7 @@ logger = logging.getLogger("raycon")
 NAMESPACE = "raycon"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 FAILURE_FILE = "failure.json"
+RAYS_LIST = "checkpoint_manager_snapshot.json"
 NOTICED_S = 60.0
 """How long a rank that lost the others after a notice waits for Ray to see that a node is gone (15 to 30 s)."""
 
@@ -96,6 +98,7 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
         spec = start_index(
             run_dir.name, facts.rows, dim, config.mining, index_namespace(run_dir), seed=config.seed, saved=saved
         )
+    forget_reports(run_dir, store)
     trainer = build_trainer(config, run_dir, spec, desk_name if desk is not None else "")
     lost: Exception | None = None
     head = head_address()
@@ -118,6 +121,22 @@ def fit(config: RunConfig, run_dir: Path, facts: Facts) -> None:
         raise RunFailed(
             f"lost workers more than scaling.max-failures = {config.scaling.max_failures} times: {lost}"
         ) from lost
+
+
+def forget_reports(run_dir: Path, store: Store | None) -> None:
+    """Ray Train's own list of checkpoints, which it refuses to go on from once raycon has pruned one of them (or Ray is of
+    another version). The run directory is the truth: what waits for an evaluation is told anew."""
+    if store is None:
+        (run_dir / RAYS_LIST).unlink(missing_ok=True)
+    else:
+        store.delete(RAYS_LIST)
+
+
+def owed(run_dir: Path, store: Store | None) -> list[str]:
+    """The checkpoints whose evaluation is still to come."""
+    if store is not None:
+        return store.owed()
+    return checkpoint.owed(run_dir / "checkpoints", Kept(run_dir).evaluated)
 
 
 def failed(run_dir: Path, store: Store | None) -> str | None:
@@ -174,7 +193,13 @@ def build_trainer(config: RunConfig, run_dir: Path, spec: Any, desk: str = "") -
         workers = (scaling.min_workers, scaling.workers)
     return kind(
         _worker,
-        train_loop_config={"config": to_dict(config), "run_dir": str(run_dir), "index": spec, "desk": desk},
+        train_loop_config={
+            "config": to_dict(config),
+            "run_dir": str(run_dir),
+            "index": spec,
+            "desk": desk,
+            "owed": owed(run_dir, store),
+        },
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=bool(scaling.gpus_per_worker),
@@ -224,7 +249,7 @@ def _worker(given: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     index = RayIndex(given["index"], rank, world) if given["index"] is not None else no_index()
-    runtime = RayRuntime(run_dir, index, device, config.evals.wait_s, store, given["desk"])
+    runtime = RayRuntime(run_dir, index, device, config.evals.wait_s, store, given["desk"], given["owed"])
     mirror = None
     if rank == 0:
         shutil.rmtree(run_dir / f".{MARK}", ignore_errors=True)  # of an earlier attempt

@@ -186,14 +186,24 @@ def prune(folder: Path, keep: int, evaluated: Callable[[int], bool]) -> None:
 
     Those still waiting for their evaluation stay.
     """
-    for old in steps(folder)[: -keep - 1] if keep else []:
-        try:
-            state = json.loads((old / STATE).read_text(encoding="utf-8"))
-            waits = state["evaluate"] and not evaluated(state["step"])
-        except (ValueError, LookupError, TypeError):
-            waits = False  # damaged: of no use to an evaluation either
-        if not waits:
+    old_ones = steps(folder)[: -keep - 1] if keep else []
+    waiting = owed(folder, evaluated) if old_ones else []
+    for old in old_ones:
+        if old.name not in waiting:
             _delete(old)
+
+
+def owed(folder: Path, evaluated: Callable[[int], bool]) -> list[str]:
+    """The names of the checkpoints that still wait for their evaluation, oldest first."""
+    found = []
+    for path in steps(folder):
+        try:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if state["evaluate"] and not evaluated(state["step"]):
+                found.append(path.name)
+        except (ValueError, LookupError, TypeError):
+            continue  # damaged: told by who goes on from it
+    return found
 
 
 def clear(folder: Path) -> None:

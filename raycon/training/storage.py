@@ -224,15 +224,22 @@ class Store:
     def prune(self, keep: int) -> None:
         """As checkpoint.prune: those beyond the last and ``keep`` more, unless they wait for their evaluation."""
         for name in self.steps()[: -keep - 1] if keep else []:
-            try:
-                state = json.loads(self.get(f"checkpoints/{name}/{STATE}") or b"")
-                waits = state["evaluate"] and not self.evaluated(state["step"])
-            except (ValueError, LookupError, TypeError):
-                waits = False
-            if not waits:
+            if not self.waits(name):
                 self.delete(f"checkpoints/{name}/{STATE}")  # first: what is left then is no checkpoint
                 for file in self.names(f"checkpoints/{name}"):
                     self.delete(file)
+
+    def waits(self, name: str) -> bool:
+        """Does this checkpoint wait for its evaluation?"""
+        try:
+            state = json.loads(self.get(f"checkpoints/{name}/{STATE}") or b"")
+            return bool(state["evaluate"]) and not self.evaluated(state["step"])
+        except (ValueError, LookupError, TypeError):
+            return False
+
+    def owed(self) -> list[str]:
+        """As checkpoint.owed."""
+        return [name for name in self.steps() if self.waits(name)]
 
     def evaluated(self, step: int) -> bool:
         """Has the checkpoint of this step been evaluated, as far as the leader has sent?"""

@@ -136,10 +136,13 @@ def test_a_rank_that_hangs_is_named_and_left_behind(machines: Machines, undistur
 def test_the_driver_is_killed_and_the_command_given_again(
     machines: Machines, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """On the same cluster: what the first held there is freed. Meanwhile the directory is held against a second."""
+    """On the same cluster: what the first held there is freed. Meanwhile the directory is held against a second.
+
+    Checkpoints that the first reported to Ray are gone by then.
+    """
     machines.grow_to(2)
     folder = tmp_path / "again"
-    with Job(machines, folder) as job:
+    with Job(machines, folder, "--checkpoint.keep=1") as job:
         job.until(lambda: step_of(folder) >= 25, "the third epoch")
         second = subprocess.run(
             job.command, env=job.environment, capture_output=True, text=True, timeout=120, check=False
@@ -148,7 +151,7 @@ def test_the_driver_is_killed_and_the_command_given_again(
         assert f"being trained in by process {job.process.pid} " in second.stderr
         os.killpg(job.process.pid, signal.SIGKILL)
         job.process.wait(30)
-    with Job(machines, folder) as job:
+    with Job(machines, folder, "--checkpoint.keep=1") as job:
         job.ended()
     assert records(folder, "start")[-1]["step"] >= 25
     same(folder, undisturbed)

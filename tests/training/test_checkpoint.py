@@ -95,6 +95,7 @@ def test_pruning_keeps_the_newest_and_what_waits_for_evaluation(tmp_path: Path) 
     module, optimizer, snapshot, state = made()
     for step in range(1, 7):
         checkpoint.save(tmp_path, module, optimizer, snapshot, state | {"step": step, "evaluate": step in (1, 2)})
+    assert checkpoint.owed(tmp_path, lambda step: step == 2) == ["00000001"]
     checkpoint.prune(tmp_path, 2, lambda step: step == 2)
     assert [p.name for p in checkpoint.steps(tmp_path)] == ["00000001", "00000004", "00000005", "00000006"]
 
