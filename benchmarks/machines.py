@@ -149,8 +149,9 @@ class Machines:
         head = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "dashboard_port": port, "include_dashboard": True}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
-        self.grow_to(nodes)
+        # While there is only the head: this process must not stand on a node that will be lost.
         ray.init(address=self.cluster.address, namespace="raycon", log_to_driver=False, logging_level="ERROR")
+        self.grow_to(nodes)
 
     @property
     def address(self) -> str:
