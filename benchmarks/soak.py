@@ -119,13 +119,16 @@ def undisturbed(folder: Path, epochs: int) -> None:
 
 def identical(folder: Path, other: Path) -> bool:
     """Every step once with the same loss, the same weights, every evaluation with the same numbers."""
-    return _what_is_left(folder) == _what_is_left(other)
+    losses, numbers, weights = (a == b for a, b in zip(_what_is_left(folder), _what_is_left(other), strict=True))
+    if not (losses and numbers and weights):
+        sys.stderr.write(f"the same as undisturbed: losses {losses}, evaluations {numbers}, weights {weights}\n")
+    return losses and numbers and weights
 
 
 def _what_is_left(folder: Path) -> tuple[Any, ...]:
     from raycon.core.log import read_lines
 
-    losses = [(r["step"], r["loss"]) for r in read_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
+    losses: list[Any] = [(r["step"], r["loss"]) for r in read_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
     entries = json.loads((folder / "evaluations.json").read_text(encoding="utf-8"))
     numbers = [(e["step"], e["results"], e["failed"]) for e in entries]
     return losses, numbers, (folder / "checkpoints/last/model.safetensors").read_bytes()
