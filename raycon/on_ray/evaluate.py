@@ -85,6 +85,10 @@ def run(
         try:
             ended(task, ray.get(ref))
         except ray.exceptions.RayError as error:
+            if not isinstance(error, ray.exceptions.RayTaskError):
+                # Its process was lost, again and again. A cluster that goes down with its driver loses processes too, this
+                # one within seconds: then nothing is written down, and who goes on with the run evaluates anew.
+                time.sleep(GOING_S)
             ended(task, failure(task, _cause(error)))
     for group, members, task in alone:
         try:
@@ -92,6 +96,10 @@ def run(
         except Exception as error:
             ended(task, failure(task, error))
     return outcome
+
+
+GOING_S = 15.0
+"""After this long a cluster that lost its driver is gone (the rest of its processes ended within 10 s)."""
 
 
 def placement_problems(evals: EvalConfig) -> list[str]:

@@ -305,6 +305,10 @@ def _evaluate(checkpoint: ray.train.Checkpoint, run_dir: str, threads: int) -> d
     """A downstream task: evaluations of one checkpoint. Whatever goes wrong stays here."""
     from raycon.on_ray import evaluate
 
+    store = storage.of(methods.read_config(Path(run_dir) / "config.yaml"))
+    evaluated = Kept(Path(run_dir)).evaluated if store is None else store.evaluated
+    if evaluated(int(Path(checkpoint.path).name)):
+        return {}  # asked for twice, by a worker group and by the one after it
     try:
         with storage.evaluated_here(Path(run_dir), Path(checkpoint.path)) as path:
             entry = evaluate.of_run(Path(run_dir), path, threads)

@@ -122,3 +122,32 @@ def test_a_head_that_is_gone_is_said_once(tmp_path: Path, monkeypatch: pytest.Mo
     (said,) = [r["text"] for r in read_lines(tmp_path / "metrics.jsonl")]
     assert "the head of the cluster (192.0.2.7:6379) is gone" in said
     assert f"--resume {tmp_path}" in said
+
+
+def test_an_evaluation_asked_for_twice_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a worker group and by the one after it; the checkpoint may be pruned by then."""
+    from raycon.on_ray import evaluate
+    from raycon.recipes import recipe
+
+    made: list[int] = []
+    monkeypatch.setattr(trainer.methods, "read_config", lambda file: recipe("quickstart"))
+    monkeypatch.setattr(
+        evaluate, "of_run", lambda run, path, threads: made.append(int(path.name)) or {"results": {"knn/top1_k1": 1.0}}
+    )
+    (tmp_path / "evaluations.json").write_text('[{"step": 22, "results": {}, "failed": {}}]')
+    for name in ("00000022", "00000044"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        trainer._evaluate(ray.train.Checkpoint(str(tmp_path / "checkpoints" / name)), str(tmp_path), 1)
+    assert made == [44]
+
+
+def test_rays_list_of_checkpoints_is_forgotten_and_evaluations_owed_are_known(tmp_path: Path) -> None:
+    (tmp_path / trainer.RAYS_LIST).write_text("{}")
+    for step, wanted in ((22, True), (33, False), (44, True)):
+        path = tmp_path / "checkpoints" / f"{step:08d}"
+        path.mkdir(parents=True)
+        (path / "state.json").write_text(f'{{"step": {step}, "evaluate": {str(wanted).lower()}}}')
+    (tmp_path / "evaluations.json").write_text('[{"step": 22, "results": {}, "failed": {}}]')
+    trainer.forget_reports(tmp_path, None)
+    assert not (tmp_path / trainer.RAYS_LIST).exists()
+    assert trainer.owed(tmp_path, None) == ["00000044"]
