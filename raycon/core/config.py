@@ -285,7 +285,8 @@ class ScalingConfig:
     on_fewer: Literal["accumulate", "follow"] = "accumulate"
     """Elastic, on fewer workers than ``workers``. accumulate: the same optimiser steps, each from several micro-batches.
     follow: a worker keeps its batch, so that steps are smaller and more, each with so much less learning rate; the rows
-    come in the same order, and what is counted as a step is that of all ``workers``."""
+    come in the same order, and what is counted as a step is that of all ``workers``. Where a batch cannot be cut so
+    (``train.accumulate`` does not divide its parts), it is accumulated."""
     resize_s: float = 60.0
     """Elastic: how often the run looks whether it can grow (it restarts from a checkpoint to do so)."""
     timeout_s: float = 1800.0
